@@ -1,0 +1,27 @@
+"""Choosing where to compute."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import ConfigError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" takes CUDA where there is one, then Apple's MPS, then the CPU.
+
+    Raises:
+        ConfigError: the name is no device, or that device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda, cuda:N or mps, not {name!r}") from error
+    there = {"cpu": True, "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device.type, False):
+        raise ConfigError(f"device {name!r} is not there; use auto, or cpu")
+    return device
