@@ -126,9 +126,8 @@ def claim_output(path: Path | str, *, kind: str, identity: Mapping[str, Any], ov
         if not overwrite:
             if config.get("identity") == identity:
                 return True
-            raise OutputError(
-                f"{path} holds {kind} made with other settings ({_differences(config.get('identity') or {}, identity)}); choose another folder or pass --overwrite"
-            )
+            differences = _differences(config.get("identity") or {}, identity)
+            raise OutputError(f"{path} holds {kind} made with other settings ({differences}); choose another folder or pass --overwrite")
         with disk_errors(path):
             for entry in path.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

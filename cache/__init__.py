@@ -1,0 +1,22 @@
+"""Images in, latents on disk, latents out to the device. Nothing here knows a network; `revq.models` knows nothing of this."""
+
+from .batches import ResidentLatents, epoch_permutation, split_rows
+from .images import Pixels, UnreadableImage, View, load_pixels
+from .sources import ImageItem, ImageSource, open_source
+from .store import Encoding, LatentSplit, LatentStore
+
+__all__ = [
+    "Encoding",
+    "ImageItem",
+    "ImageSource",
+    "LatentSplit",
+    "LatentStore",
+    "Pixels",
+    "ResidentLatents",
+    "UnreadableImage",
+    "View",
+    "epoch_permutation",
+    "load_pixels",
+    "open_source",
+    "split_rows",
+]

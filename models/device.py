@@ -21,7 +21,11 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device must be auto, cpu, cuda, cuda:N or mps, not {name!r}") from error
-    there = {"cpu": True, "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if not there.get(device.type, False):
         raise ConfigError(f"device {name!r} is not there; use auto, or cpu")
     return device

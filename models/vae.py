@@ -9,13 +9,14 @@ import hashlib
 import importlib.util
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import VAEError
+from ..errors import MismatchError, VAEError
 from ..files import sha256_file, sha256_json
 
 EMBEDDED_VAE = "revq-tiny-f8c8"
@@ -66,6 +67,31 @@ class FrozenVAE(nn.Module):
             vae = _load_hub(spec, revision)
         return vae.to(device)
 
+    @classmethod
+    def load_recorded(cls, identity: Mapping[str, Any], *, spec: str | None = None, device: str | torch.device = "cpu") -> FrozenVAE:
+        """Load the very VAE that `identity` names.
+
+        Args:
+            identity: what `identity()` gave when a store or tokenizer was made.
+            spec: where to find it; None means under the id and revision recorded.
+            device: where its weights go.
+
+        Raises:
+            VAEError: it cannot be loaded.
+            MismatchError: it is another VAE.
+        """
+        vae = cls.load(spec or identity["id"], device=device, revision=None if spec else identity["revision"])
+        vae.require(identity)
+        return vae
+
+    def require(self, identity: Mapping[str, Any]) -> None:
+        """Raise MismatchError, naming both fingerprints, unless this is the VAE that `identity` names."""
+        if self.fingerprint != identity["fingerprint"]:
+            raise MismatchError(
+                f"expected the VAE {identity['id']} with fingerprint {identity['fingerprint']}, but {self.id} has fingerprint {self.fingerprint}; "
+                "pass the VAE that the latents were made with"
+            )
+
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits over class, configuration and weights; the same wherever the files lie."""
@@ -91,11 +117,10 @@ class FrozenVAE(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """images (B,3,S,S) in [-1,1] -> latents (B,C,H,W) float32; a posterior gives its mode, so the same image gives the same latent."""
         output: Any = self.network.encode(images)  # type: ignore[operator]
-        if not isinstance(output, Tensor):
-            if hasattr(output, "latent_dist"):
-                output = output.latent_dist.mode()
-            else:
-                output = output.latent if hasattr(output, "latent") else output.latents
+        if hasattr(output, "latent_dist"):
+            output = output.latent_dist.mode()
+        elif not isinstance(output, Tensor):
+            output = output.latent if hasattr(output, "latent") else output.latents
         return output.float()
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -113,10 +138,13 @@ class FrozenVAE(nn.Module):
         try:
             latent = self.encode(grey)
         except (RuntimeError, ValueError) as error:
-            raise VAEError(f"VAE {self.id} cannot encode {image_size} px images ({_one_line(error)}); choose an --image-size it was made for") from error
+            raise VAEError(
+                f"VAE {self.id} cannot encode {image_size} px images ({_one_line(error)}); choose an --image-size it was made for"
+            ) from error
         if latent.ndim != 4:
             raise VAEError(f"VAE {self.id} gives latents of shape {tuple(latent.shape)}; revq needs (B,C,H,W)")
-        return tuple(latent.shape[1:])
+        channels, height, width = latent.shape[1:]
+        return channels, height, width
 
 
 def _weights_sha256(network: nn.Module) -> str:
@@ -162,7 +190,9 @@ def _load_folder(folder: Path, vae_id: str, revision: str | None = None) -> Froz
     class_name = config.get("_class_name", "")
     network_class = getattr(diffusers, class_name, None) if class_name.isidentifier() else None
     if network_class is None or not hasattr(network_class, "from_pretrained"):
-        raise VAEError(f"{folder}/config.json names the class {class_name!r}, which diffusers {diffusers.__version__} does not have; upgrade diffusers")
+        raise VAEError(
+            f"{folder}/config.json names the class {class_name!r}, which diffusers {diffusers.__version__} does not have; upgrade diffusers"
+        )
     try:
         network = network_class.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     except Exception as error:  # diffusers raises OSError, ValueError, RuntimeError and safetensors' own for a damaged folder

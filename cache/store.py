@@ -1,0 +1,247 @@
+"""The latent store: one Zarr v3 group on disk, a sub-group for each split, and how to read it.
+
+    STORE/zarr.json               group; attributes: the encoding (VAE, image size, filter, crop, shape, dtype) and its fingerprint
+    STORE/<split>/zarr.json       group; attributes: images, views, seed, source, package versions, and whether it is complete
+    STORE/<split>/latents         (N,C,H,W) raw VAE latents, sharded, Zstd + crc32c; a failed image's rows hold zeros
+    STORE/<split>/label, ok       (N,) int32, bool
+    STORE/<split>/mean, variance  (C,H,W) float64 over the rows that are ok
+    STORE/manifest/<split>.parquet   where each row comes from
+    STORE/progress/<split>/       finished shards of a split in the making; gone once it is complete
+
+Row of view v of image i is i * views + v, whatever failed. Writing is in `writer.py`.
+
+Shapes: N rows = images * views; C,H,W latent channels, rows, columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import zarr
+from numpy.typing import NDArray
+
+from ..errors import StoreError
+from ..files import read_json, sha256_json
+from .manifest import read_manifest
+
+STORE_KIND = "revq-latents"
+SPLIT_KIND = "revq-latent-split"
+FORMAT_VERSION = 1
+RESERVED_NAMES = frozenset({"manifest", "progress"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How images became latents: what two splits of a store, and everything fitted on it, must have in common."""
+
+    vae: Mapping[str, Any]
+    """id, class_name, revision, config_sha256, weights_sha256 and fingerprint of the VAE."""
+    image_size: int
+    """Side of the encoded images in pixels."""
+    latent_shape: tuple[int, int, int]
+    """(C,H,W)."""
+    dtype: str = "float16"
+    """"float16" or "float32": how the latents are kept."""
+    resize_filter: str = "bilinear-antialias"
+    crop: str = "centre"
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over all that shapes the values; not over the VAE's name or place, nor over the dtype."""
+        return sha256_json([self.vae["fingerprint"], self.image_size, self.resize_filter, self.crop, list(self.latent_shape)])[:16]
+
+    def attributes(self) -> dict[str, Any]:
+        """JSON values, as the store keeps them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "vae": dict(self.vae), "latent_shape": list(self.latent_shape)}
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any]) -> Encoding:
+        """The inverse of `attributes`; other keys are ignored. Raises KeyError where one is missing."""
+        values = {field.name: attributes[field.name] for field in fields(cls)}
+        return cls(**{**values, "latent_shape": tuple(values["latent_shape"])})
+
+    def differences(self, other: Encoding) -> str:
+        """What differs, as "image_size: 64 there, 128 asked" with self as there; empty where nothing does."""
+        there, asked = self.attributes(), other.attributes()
+        there |= {"vae": f"{self.vae['id']} ({self.vae['fingerprint']})", "latent_shape": self.latent_shape}
+        asked |= {"vae": f"{other.vae['id']} ({other.vae['fingerprint']})", "latent_shape": other.latent_shape}
+        if self.vae["fingerprint"] == other.vae["fingerprint"]:
+            asked["vae"] = there["vae"]
+        return "; ".join(f"{name}: {there[name]} there, {asked[name]} asked" for name in there if there[name] != asked[name])
+
+
+class LatentSplit:
+    """One complete split of a store, read lazily. Made by `LatentStore.open(path)[name]`."""
+
+    def __init__(self, store: Path, name: str, encoding: Encoding, attributes: Mapping[str, Any]) -> None:
+        self.name = name
+        self.encoding = encoding
+        self.attributes = dict(attributes)
+        self._store = store
+        self._group = zarr.open_group(str(store / name), mode="r", zarr_format=3)
+
+    def __len__(self) -> int:
+        """N: rows, those of failed images included."""
+        return int(self.attributes["rows"])
+
+    @property
+    def images(self) -> int:
+        return int(self.attributes["images"])
+
+    @property
+    def views(self) -> int:
+        """Rows of each image."""
+        return int(self.attributes["views"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.attributes["seed"])
+
+    @property
+    def failed(self) -> int:
+        """Images that could not be read."""
+        return int(self.attributes["failed"])
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of one file of `latents`: the largest slice that is read at once without waste."""
+        return int(self.attributes["shard_rows"])
+
+    @cached_property
+    def latents(self) -> zarr.Array:
+        """(N,C,H,W) raw latents on disk; index it like an array: `latents[:4]` reads four."""
+        return self._array("latents")
+
+    @cached_property
+    def labels(self) -> NDArray[np.int32]:
+        """(N,) int32, -1 for images without a class."""
+        return np.asarray(self._array("label")[:])
+
+    @cached_property
+    def ok(self) -> NDArray[np.bool_]:
+        """(N,) bool, False for rows of images that could not be read; their latents are zeros."""
+        return np.asarray(self._array("ok")[:])
+
+    @cached_property
+    def mean(self) -> NDArray[np.float64]:
+        """(C,H,W) mean over the ok rows."""
+        return np.asarray(self._array("mean")[:])
+
+    @cached_property
+    def variance(self) -> NDArray[np.float64]:
+        """(C,H,W) population variance over the ok rows."""
+        return np.asarray(self._array("variance")[:])
+
+    @property
+    def image_of_row(self) -> NDArray[np.int64]:
+        """(N,) position in the source of the image that each row shows."""
+        return np.arange(len(self), dtype=np.int64) // self.views
+
+    def manifest(self) -> pa.Table:
+        """One Arrow row for each row: see `revq.cache.manifest.SCHEMA`."""
+        return read_manifest(manifest_path(self._store, self.name))
+
+    def _array(self, name: str) -> zarr.Array:
+        try:
+            array = self._group[name]
+        except KeyError as error:
+            raise StoreError(f'split "{self.name}" of {self._store} lacks its array {name}; encode it again with --overwrite') from error
+        assert isinstance(array, zarr.Array)
+        return array
+
+
+class LatentStore:
+    """A latent store on disk, opened for reading: `LatentStore.open("latents.zarr")["train"].latents[:4]`."""
+
+    def __init__(self, path: Path, encoding: Encoding) -> None:
+        self.path = path
+        self.encoding = encoding
+
+    @classmethod
+    def open(cls, path: str | Path) -> LatentStore:
+        """Open the store at `path`.
+
+        Raises:
+            StoreError: nothing is there, it is no latent store, or a newer revq wrote it.
+        """
+        path = Path(path).expanduser()
+        if not path.exists():
+            raise StoreError(f"latent store {path} does not exist; make it with: revq encode-latents IMAGES {path}")
+        return cls(path, Encoding.from_attributes(store_attributes(path)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the encoding: 16 hexadecimal digits."""
+        return self.encoding.fingerprint
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the complete splits, sorted."""
+        return tuple(name for name, attributes in split_attributes(self.path).items() if attributes["complete"])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.splits
+
+    def __getitem__(self, name: str) -> LatentSplit:
+        """The split of that name.
+
+        Raises:
+            StoreError: there is no such split, or its encoding has not finished.
+        """
+        found = split_attributes(self.path)
+        if name not in found:
+            there = ", ".join(self.splits) or "no complete one"
+            raise StoreError(f'latent store {self.path} has no split "{name}" (there: {there}); add it with encode-latents --split {name}')
+        if not found[name]["complete"]:
+            raise StoreError(f'split "{name}" of {self.path} is not finished; give the same encode-latents command again to finish it')
+        return LatentSplit(self.path, name, self.encoding, found[name])
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether a latent store is at `path`, of any version."""
+    return (_group_attributes(Path(path)) or {}).get("kind") == STORE_KIND
+
+
+def store_attributes(path: Path) -> dict[str, Any]:
+    """The checked attributes of the store at `path`.
+
+    Raises:
+        StoreError: it is no latent store, or one that this version cannot read.
+    """
+    attributes = _group_attributes(path)
+    if not attributes or attributes.get("kind") != STORE_KIND:
+        raise StoreError(f"{path} is no latent store (a Zarr group of kind {STORE_KIND}); give the STORE folder that encode-latents wrote")
+    version = attributes.get("format_version")
+    if version != FORMAT_VERSION:
+        raise StoreError(f"latent store {path} has format version {version}, this revq reads {FORMAT_VERSION}; upgrade revq, or encode again")
+    missing = [field.name for field in fields(Encoding) if field.name not in attributes]
+    if missing:
+        raise StoreError(f"latent store {path} is damaged: its zarr.json lacks {', '.join(missing)}; encode again")
+    return attributes
+
+
+def split_attributes(path: Path) -> dict[str, dict[str, Any]]:
+    """Attributes of every split of the store at `path`, complete or not, by sorted name."""
+    found = {}
+    for folder in sorted(path.iterdir()):
+        attributes = _group_attributes(folder) if folder.is_dir() else None
+        if attributes and attributes.get("kind") == SPLIT_KIND:
+            found[folder.name] = attributes
+    return found
+
+
+def manifest_path(store: Path, split: str) -> Path:
+    return store / "manifest" / f"{split}.parquet"
+
+
+def _group_attributes(path: Path) -> dict[str, Any] | None:
+    group = read_json(path / "zarr.json") or {}
+    attributes = group.get("attributes")
+    return attributes if isinstance(attributes, dict) and group.get("node_type") == "group" else None

@@ -1,0 +1,216 @@
+"""The discrete image tokenizer: transform, codebooks and rectifier around a frozen VAE that it names but does not hold.
+
+Shapes: B batch, C,H,W latent channels, rows, columns, S image side, T tokens per image, D dims per token, K codes per codebook.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ..errors import TokenizerError
+from ..files import write_bytes, write_json
+from .quantizer import MultiGroupQuantizer
+from .rectifier import Rectifier
+from .transform import LatentTransform
+from .vae import FrozenVAE
+
+TOKENIZER_KIND = "revq-tokenizer"
+FORMAT_VERSION = 1
+WEIGHTS_NAME = "model.safetensors"
+
+
+class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
+    """Images to token indices and back.
+
+        tokenizer = ReVQTokenizer.from_pretrained("runs/mine/tokenizer")
+        indices = tokenizer.encode(images)     # (B,3,S,S) in [-1,1] -> (B,T) int64
+        images = tokenizer.decode(indices)     # (B,T) -> (B,3,S,S) in [-1,1]
+
+    The VAE is loaded at first use, and must have the fingerprint that the tokenizer was trained with.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        """Build the modules that `config` (the content of config.json) describes; weights come from `load_state_dict`.
+
+        Args:
+            config: tokens, codes, latent_shape, image_size, rotated, rectifier (settings or None), vae (identity), and more.
+        """
+        super().__init__()
+        self.config = config
+        self.latent_shape: tuple[int, int, int] = tuple(config["latent_shape"])
+        self.image_size: int = config["image_size"]
+        self.tokens: int = config["tokens"]
+        self.codes: int = config["codes"]
+        positions = math.prod(self.latent_shape)
+        self.dims = positions // self.tokens
+        ones = torch.ones(self.latent_shape)
+        rotation = torch.eye(positions) if config["rotated"] else None
+        self.transform = LatentTransform(mean=0 * ones, std=ones, tokens=self.tokens, rotation=rotation)
+        self.quantizer = MultiGroupQuantizer(torch.zeros(self.tokens, self.codes, self.dims))
+        self.rectifier = Rectifier(**config["rectifier"]) if config["rectifier"] else None
+        self.vae_identity: dict[str, Any] = config["vae"]
+        self._vae: list[FrozenVAE] = []  # in a list, so that its weights are not among this module's
+        self._vae_spec: str | None = None
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | Path, *, vae: str | FrozenVAE | None = None, device: str | torch.device = "cpu", **hub_options: Any
+    ) -> ReVQTokenizer:
+        """Load a tokenizer from a folder or from the model hub.
+
+        Args:
+            path: a folder that `save_pretrained` wrote, or a hub id.
+            vae: where to find the VAE if not under the id that the tokenizer names: hub id, folder, FILE.py:FACTORY, or one already loaded.
+            device: where the tokenizer and the VAE compute.
+            hub_options: revision, token, cache_dir, local_files_only for the model hub.
+
+        Raises:
+            TokenizerError: no tokenizer there, or a damaged one.
+            MismatchError: the given VAE is another one.
+        """
+        tokenizer: ReVQTokenizer = super().from_pretrained(str(path), **hub_options)
+        tokenizer.to(device)
+        if isinstance(vae, FrozenVAE):
+            vae.require(tokenizer.vae_identity)
+            tokenizer._vae = [vae.to(device)]
+        else:
+            tokenizer._vae_spec = vae
+        return tokenizer
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, **hub_options: Any) -> ReVQTokenizer:
+        if not config or config.get("kind") != TOKENIZER_KIND:
+            raise TokenizerError(f"{model_id} is no revq tokenizer: it needs a config.json of kind {TOKENIZER_KIND!r}; train-rectifier writes one")
+        if config["format_version"] > FORMAT_VERSION:
+            raise TokenizerError(f"{model_id} has tokenizer format {config['format_version']}, this revq reads up to {FORMAT_VERSION}; upgrade revq")
+        try:
+            options = {name: hub_options[name] for name in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
+            local = os.path.isdir(model_id)
+            file = os.path.join(model_id, WEIGHTS_NAME) if local else hf_hub_download(model_id, WEIGHTS_NAME, **options)
+            tokenizer = cls(config)
+            tokenizer.load_state_dict(load_file(file))
+        except Exception as error:  # safetensors, torch and the hub client each have their own
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise TokenizerError(f"the tokenizer in {model_id} cannot be loaded: {WEIGHTS_NAME}: {reason}") from error
+        return tokenizer
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write model card, weights and config.json, each whole or not at all; the config, by which a tokenizer is known, last."""
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_bytes(save_directory / "README.md", model_card(self.config).encode())
+        write_bytes(save_directory / WEIGHTS_NAME, save(state, metadata={"format": "pt"}))
+        write_json(save_directory / "config.json", self.config)
+
+    @property
+    def bits_per_image(self) -> float:
+        """T * log2(K)."""
+        return self.tokens * math.log2(self.codes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokenizer computes."""
+        return self.transform.mean.device
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over every weight and the settings that shape the tokens."""
+        digest = hashlib.sha256(json.dumps([self.config[name] for name in ("tokens", "codes", "latent_shape", "image_size", "rectifier")]).encode())
+        digest.update(str(self.vae_identity["fingerprint"]).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+    @property
+    def vae(self) -> FrozenVAE:
+        """The frozen VAE, loaded at first use.
+
+        Raises:
+            VAEError: it cannot be loaded.
+            MismatchError: it is not the one that this tokenizer was trained with.
+        """
+        if not self._vae:
+            self._vae = [FrozenVAE.load_recorded(self.vae_identity, spec=self._vae_spec, device=self.device)]
+        return self._vae[0]
+
+    @torch.no_grad()
+    def encode_latents(self, latents: Tensor) -> Tensor:
+        """Raw latents (B,C,H,W) -> indices (B,T) int64 in [0,K)."""
+        return self.quantizer.encode(self.transform(latents.float()))
+
+    @torch.no_grad()
+    def decode_latents(self, indices: Tensor, *, rectify: bool = True) -> Tensor:
+        """indices (B,T) -> raw latents (B,C,H,W); `rectify=False` leaves out the rectifier."""
+        standardised = self.transform.from_coordinates(self.quantizer.decode(indices))
+        if rectify and self.rectifier is not None:
+            standardised = self.rectifier(standardised)
+        return self.transform.unstandardize(standardised)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B,3,S,S) in [-1,1] -> indices (B,T) int64.
+
+        Raises:
+            TokenizerError: the images have another shape.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise TokenizerError(
+                f"expected images of shape (B,{','.join(map(str, expected))}) in [-1,1], found {tuple(images.shape)}; resize and crop them first"
+            )
+        return self.encode_latents(self.vae.encode(images.to(self.device)))
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor, *, rectify: bool = True) -> Tensor:
+        """indices (B,T) -> images (B,3,S,S) in [-1,1].
+
+        Raises:
+            TokenizerError: the indices have another shape, or are out of range.
+        """
+        if indices.ndim != 2 or indices.shape[1] != self.tokens or indices.is_floating_point():
+            raise TokenizerError(f"expected integer indices of shape (B,{self.tokens}), found {tuple(indices.shape)} {indices.dtype}")
+        if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= self.codes):
+            raise TokenizerError(f"expected indices in [0,{self.codes}), found {int(indices.min())} to {int(indices.max())}")
+        return self.vae.decode(self.decode_latents(indices.to(self.device), rectify=rectify))
+
+    def reconstruct(self, images: Tensor, *, rectify: bool = True) -> Tensor:
+        """Images (B,3,S,S) in [-1,1] -> the images that their tokens decode to."""
+        return self.decode(self.encode(images), rectify=rectify)
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """README.md of a tokenizer folder: what it is, how to use it, how well it does."""
+    tokens, codes, size = config["tokens"], config["codes"], config["image_size"]
+    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in (config.get("metrics") or {}).items())
+    measured = f"\nMeasured on latents that training did not see:\n\n| | |\n|---|---|\n{rows}\n" if rows else ""
+    return f"""---
+library_name: revq
+tags: [image-tokenizer, vector-quantization, revq]
+---
+
+# A ReVQ tokenizer
+
+{tokens} tokens of {codes} codes ({tokens * math.log2(codes):.0f} bits) for an image of {size} x {size} px, made from the frozen VAE
+`{config["vae"]["id"]}` (fingerprint `{config["vae"]["fingerprint"]}`) with the `{config["transform"]}` transform.
+The VAE's weights are not in this folder.
+
+```python
+from revq import ReVQTokenizer
+
+tokenizer = ReVQTokenizer.from_pretrained("path/to/this/folder")
+indices = tokenizer.encode(images)  # (B,3,{size},{size}) in [-1,1] -> (B,{tokens})
+images = tokenizer.decode(indices)
+```
+{measured}
+Method: Quantize-then-Rectify, arXiv 2507.10547.
+"""

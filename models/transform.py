@@ -1,0 +1,170 @@
+"""Invertible affine maps from latents to the coordinates that are quantized.
+
+Shapes: B batch, C,H,W latent channels, rows, columns, P = C*H*W, T tokens per image, D = P/T dims per token.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CodebookError
+
+KINDS = ("decoder", "pca", "standardize")
+MAX_DENSE_POSITIONS = 4096
+_SMALLEST_SCALE = 1e-2
+
+
+class LatentTransform(nn.Module):
+    """coordinates = rotation @ (scale * (latent - mean) / std), cut into T runs of D.
+
+    Quantization error is made in coordinates. Three kinds share this one form (design section 5):
+    `standardize` (the paper's; no rotation, scale 1), `pca` (the rotation decorrelates, then deals the axes to the tokens so that
+    every token has the same product of variances), `decoder` (pca after scaling each position by how much it moves the picture).
+    """
+
+    mean: Tensor
+    std: Tensor
+    scale: Tensor
+    rotation: Tensor | None
+
+    def __init__(self, *, mean: Tensor, std: Tensor, tokens: int, scale: Tensor | None = None, rotation: Tensor | None = None) -> None:
+        """Build the map from its parts.
+
+        Args:
+            mean: (C,H,W) over the train split.
+            std: (C,H,W), above zero everywhere.
+            tokens: T; divides P.
+            scale: (C,H,W), above zero; None means ones.
+            rotation: (P,P) orthogonal, its rows in the order of the coordinates; None means the identity.
+
+        Raises:
+            CodebookError: P is not divisible by T.
+        """
+        super().__init__()
+        positions = mean.numel()
+        if tokens < 1 or positions % tokens:
+            shape = "x".join(map(str, mean.shape))
+            near = _divisors(positions, tokens)
+            raise CodebookError(f"latents of shape {shape} have {positions} positions, which {tokens} tokens do not divide; nearest that do: {near}")
+        self.tokens = tokens
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("std", std.float())
+        self.register_buffer("scale", torch.ones_like(self.mean) if scale is None else scale.float())
+        self.register_buffer("rotation", None if rotation is None else rotation.float())
+
+    def standardize(self, latents: Tensor) -> Tensor:
+        """(B,C,H,W) raw -> (B,C,H,W) with mean 0 and deviation 1 at each position over the train split."""
+        return (latents - self.mean) / self.std
+
+    def unstandardize(self, standardised: Tensor) -> Tensor:
+        """The inverse of `standardize`."""
+        return standardised * self.std + self.mean
+
+    def to_coordinates(self, standardised: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """Standardised latents (B,C,H,W) -> coordinates (B,T,D), or (B,last-first,D) of those tokens alone; `last` None means T."""
+        last = self.tokens if last is None else last
+        dims = self.mean.numel() // self.tokens
+        flat = (standardised * self.scale).flatten(1)
+        rows = slice(first * dims, last * dims)
+        flat = flat[:, rows] if self.rotation is None else flat @ self.rotation[rows].T
+        return flat.unflatten(1, (last - first, dims))
+
+    def from_coordinates(self, coordinates: Tensor) -> Tensor:
+        """Coordinates (B,T,D) -> standardised latents (B,C,H,W)."""
+        flat = coordinates.flatten(1)
+        if self.rotation is not None:
+            flat = flat @ self.rotation
+        return flat.unflatten(1, self.mean.shape) / self.scale
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Raw latents (B,C,H,W) -> coordinates (B,T,D)."""
+        return self.to_coordinates(self.standardize(latents))
+
+    def inverse(self, coordinates: Tensor) -> Tensor:
+        """Coordinates (B,T,D) -> raw latents (B,C,H,W)."""
+        return self.unstandardize(self.from_coordinates(coordinates))
+
+
+def standard_deviation(variance: Tensor) -> Tensor:
+    """(C,H,W) deviations; 1 at positions that never vary, so that they stay exactly zero instead of dividing by zero."""
+    varies = variance > 1e-12 * variance.max().clamp_min(1e-30)
+    return torch.where(varies, variance.clamp_min(0).sqrt(), torch.ones_like(variance))
+
+
+class Covariance:
+    """Covariance of vectors that come in batches, shrunk toward a multiple of the identity as far as few samples ask (Ledoit and Wolf 2004)."""
+
+    def __init__(self, positions: int, device: torch.device | str = "cpu") -> None:
+        """Start with no vectors; `positions` is P."""
+        # float64 sums of float32 products; MPS has no float64, so there they live on the CPU.
+        place = "cpu" if torch.device(device).type == "mps" else device
+        self.products = torch.zeros(positions, positions, dtype=torch.float64, device=place)
+        self.fourth_moment = 0.0
+        self.count = 0
+
+    def add(self, vectors: Tensor) -> None:
+        """Take in (B,P) vectors of mean zero."""
+        self.products += (vectors.T @ vectors).to(self.products)
+        self.fourth_moment += (
+            float(vectors.double().square().sum(1).square().sum()) if vectors.device.type != "mps" else float(vectors.square().sum(1).square().sum())
+        )
+        self.count += len(vectors)
+
+    def shrunk(self) -> Tensor:
+        """(P,P) float64, symmetric, positive definite unless every vector was zero."""
+        sample = self.products / self.count
+        level = sample.diagonal().mean()
+        target = level * torch.eye(len(sample), dtype=sample.dtype, device=sample.device)
+        distance = float((sample - target).square().sum())
+        noise = (self.fourth_moment / self.count - float(sample.square().sum())) / self.count
+        shrinkage = min(1.0, max(0.0, noise / distance)) if distance > 0 else 1.0
+        return (1 - shrinkage) * sample + shrinkage * target
+
+
+def fit_rotation(covariance: Tensor, tokens: int) -> Tensor:
+    """(P,P) covariance -> (P,P) float32 orthogonal: its principal axes, dealt out to T tokens of equal variance product.
+
+    The eigenvalue allocation of OPQ (Ge et al. 2013): from the largest eigenvalue down, each axis goes to the token whose
+    product of variances is the smallest so far and which still has room.
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    order = allocate_axes(values.clamp_min(float(values.max()) * 1e-9).tolist(), tokens)
+    return vectors.T[torch.tensor(order, device=vectors.device)].float().contiguous()
+
+
+def allocate_axes(variances: Iterable[float], tokens: int) -> list[int]:
+    """The order in which to take axes so that each run of D = P/T has nearly the same product of variances."""
+    variances = list(variances)
+    room = len(variances) // tokens
+    smallest = min(variances)
+    logs = [math.log(max(value, 1e-300) / max(smallest, 1e-300)) for value in variances]
+    runs: list[list[int]] = [[] for _ in range(tokens)]
+    heap = [(0.0, token) for token in range(tokens)]
+    for axis in sorted(range(len(logs)), key=lambda axis: -logs[axis]):
+        total, token = heapq.heappop(heap)
+        runs[token].append(axis)
+        if len(runs[token]) < room:
+            heapq.heappush(heap, (total + logs[axis], token))
+    return [axis for run in runs for axis in run]
+
+
+def scale_from_sensitivity(sensitivity: Tensor) -> Tensor:
+    """(C,H,W) squared sensitivities -> (C,H,W) scales sqrt(h) of mean square 1, floored so that the map stays invertible.
+
+    Raises:
+        CodebookError: the decoder does not react to any position.
+    """
+    level = sensitivity.mean()
+    if not bool(torch.isfinite(sensitivity).all()) or float(level) <= 0:
+        raise CodebookError("the decoder's gradient is zero or not finite at every latent position; use --transform pca")
+    return (sensitivity / level).sqrt().clamp_min(_SMALLEST_SCALE)
+
+
+def _divisors(positions: int, tokens: int) -> str:
+    divisors = [value for value in range(1, positions + 1) if positions % value == 0]
+    return ", ".join(map(str, sorted(sorted(divisors, key=lambda value: abs(math.log(value / max(tokens, 1))))[:4])))

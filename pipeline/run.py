@@ -1,0 +1,72 @@
+"""All stages one after the other. Each stage sees for itself what is done already, so a run repeated is a run resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import MismatchError, OutputError
+from ..files import claim_output
+from ..stages.encode_latents import encode_latents
+from ..stages.evaluate import EvaluateConfig, evaluate
+from ..stages.events import Begin, Event, Note, Result
+from ..stages.fit_codebooks import fit_codebooks
+from ..stages.train_rectifier import train_rectifier
+from .config import Plan
+from .report import write_report
+
+RUN_KIND = "revq-run"
+
+
+def run(plan: Plan, *, overwrite: bool = False) -> Iterator[Event]:
+    """Do what is missing of a plan; the result is that of the evaluation, with every stage's own under "stages".
+
+    Args:
+        overwrite: redo the stages that were done with other settings, instead of stopping there.
+
+    Raises:
+        OutputError: the folder holds something else, or (without `overwrite`) a stage made with other settings.
+        RevqError: see the stages.
+    """
+    claim_output(plan.out, kind=RUN_KIND, identity={})
+    steps: list[tuple[str, Callable[[Any], Iterator[Event]], Any]] = [
+        ("encode-latents train", encode_latents, plan.encode_train),
+        ("encode-latents val", encode_latents, plan.encode_val),
+        ("fit-codebooks", fit_codebooks, plan.fit),
+        ("train-rectifier", train_rectifier, plan.train),
+        ("evaluate", evaluate_and_report, plan.evaluate),
+    ]
+    steps = [step for step in steps if step[2] is not None]
+    values: dict[str, Mapping[str, Any]] = {}
+    for number, (name, stage, config) in enumerate(steps, 1):
+        yield Note(text=f"[{number}/{len(steps)}] {name}")
+        values[name] = yield from _step(stage, config, overwrite=overwrite)
+    evaluation = values.pop("evaluate")
+    yield Result(value={**evaluation, "out": str(plan.out), "stages": values})
+
+
+def _step(stage: Callable[[Any], Iterator[Event]], config: Any, *, overwrite: bool) -> Generator[Event, None, Mapping[str, Any]]:
+    """One stage's events but for its result, which is returned."""
+    begun = False
+    try:
+        for event in stage(config):
+            if isinstance(event, Result):
+                return event.value
+            begun = begun or isinstance(event, Begin)
+            yield event
+    except (OutputError, MismatchError):
+        # Before any work this says that the output was made with other settings; later it is the disk.
+        if begun or not overwrite or config.overwrite:
+            raise
+    yield Note(text="made with other settings before: done anew")
+    return (yield from _step(stage, replace(config, overwrite=True), overwrite=False))
+
+
+def evaluate_and_report(config: EvaluateConfig) -> Iterator[Event]:
+    """`evaluate`, and the report made of what it measured."""
+    for event in evaluate(config):
+        if isinstance(event, Result):
+            write_report(Path(config.out))
+        yield event

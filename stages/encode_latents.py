@@ -1,0 +1,331 @@
+"""Stage one: every image once through the frozen VAE's encoder, into one split of a latent store.
+
+    revq encode-latents IMAGES STORE --vae ID|DIR|FILE.py:FACTORY --split train --image-size 256
+
+In: images (see `cache.sources` and `cache.images`). Out: a split of STORE (see `cache.store`). Threads decode and resize a few batches
+ahead, the main thread runs the encoder, one thread writes finished shards. Memory: two shards of latents and a few batches of pixels,
+whatever the number of images. A batch never reaches into the next shard, so that a resumed run forms the same batches.
+
+Shapes: N images; B rows in a batch; C,H,W latent channels, rows, columns; S image side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..cache.images import Pixels, UnreadableImage, View, load_views, read_ahead
+from ..cache.manifest import FAILED, OK, ManifestRow, first_failure
+from ..cache.sources import ImageSource, open_source, order_sha256
+from ..cache.store import Encoding, manifest_path, split_attributes
+from ..cache.writer import Shard, SplitPlan, SplitWriter, check_split_name, check_target, remove_progress, shard_layout, target_state
+from ..errors import ConfigError, ImageError, StoreError
+from ..models.device import pick_device
+from ..models.vae import FrozenVAE
+from .events import Advance, Begin, Event, Note, Result
+
+_WARNINGS_IN_FULL = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeLatentsConfig:
+    """What to encode, with what, to where."""
+
+    images: str
+    """Folder of class folders, flat folder of images, or "photographs:train" / "photographs:held-out"."""
+    store: str
+    """The latent store: a new path, or a store that gets one more split."""
+    vae: str = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
+    """Hub id, local folder in diffusers' format, FILE.py:FACTORY, or "revq-tiny-f8c8"."""
+    split: str = "train"
+    """Name of the split to write."""
+    image_size: int = 256
+    """Side of the square that the encoder sees, in pixels."""
+    batch_size: int = 64
+    """Rows in one pass of the encoder. Another size can change the last bits of a latent, but is no other run."""
+    workers: int = 8
+    """Threads that decode and resize images; the result does not depend on it."""
+    dtype: str = "float16"
+    """"float16" or "float32": how latents are kept."""
+    views: int = 1
+    """Rows for each image: the central crop, then views - 1 random crops and flips drawn from (seed, image, view)."""
+    seed: int = 0
+    """Of the random views."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda", "cuda:1" or "mps"."""
+    limit: int | None = None
+    """Take the first so many images; None means all."""
+    strict: bool = False
+    """Stop at the first image that cannot be read, instead of recording it and going on."""
+    overwrite: bool = False
+    """Encode this split anew if it is there; other splits are left alone."""
+    dry_run: bool = False
+    """Say what would be written, and write nothing."""
+    shard_rows: int | None = None
+    """Rows in one file of a new split; None means about 32 MiB, or an eighth of the split where that is less."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "batch_size", "workers", "views", "limit", "shard_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+        if self.dtype not in {"float16", "float32"}:
+            raise ConfigError(f"dtype must be float16 or float32, not {self.dtype!r}")
+        check_split_name(self.split)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the whole run shares."""
+
+    config: EncodeLatentsConfig
+    source: ImageSource
+    vae: FrozenVAE
+    encoding: Encoding
+    plan: SplitPlan
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """All views of one image, or why there are none."""
+
+    index: int
+    sha256: str = ""
+    pixels: Sequence[Pixels] = ()
+    reason: str = ""
+
+
+@dataclass
+class _Progress:
+    """What the run has done so far, for its events and its result."""
+
+    images: int
+    """Loaded, those of earlier runs included."""
+    images_this_run: int = 0
+    failed_this_run: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def images_per_s(self) -> float:
+        return self.images_this_run / max(time.perf_counter() - self.started, 1e-9)
+
+
+def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
+    """Encode one split; the same call again resumes it.
+
+    Raises:
+        ImageError: the source holds no image, or (strict) an image cannot be read.
+        VAEError: the VAE cannot be found, or does not take this image size.
+        StoreError: every image failed, or a latent does not fit the dtype.
+        MismatchError: the store or the split belongs to another encoding or run.
+        OutputError: the store's path holds something else, or cannot be written.
+    """
+    store = Path(config.store).expanduser()
+    check_target(store)
+    source = open_source(config.images)
+    job = _prepare(config, source)
+    state = target_state(store, job.encoding, job.plan, overwrite=config.overwrite)
+    if config.dry_run:
+        shape, megabytes = "x".join(map(str, job.encoding.latent_shape)), _latent_bytes(job) / 1e6
+        yield Note(text=f"dry run, nothing is written: {job.plan.rows} rows of {shape} {config.dtype} would take {megabytes:.1f} MB uncompressed")
+        yield Result(value=_result(job, failed=0, images_per_s=None, already_complete=state == "complete"))
+        return
+    if state == "complete":
+        yield from _tell_complete(job, store)
+        return
+    writer = SplitWriter(store, job.encoding, job.plan, overwrite=config.overwrite)
+    yield from _notes_on_resume(config, writer)
+    done = writer.rows_done // config.views
+    yield Begin(task=f"encode {config.split}", total=job.plan.images, unit="images", done=done)
+    progress = _Progress(images=done)
+    yield from _encode_shards(job, writer, progress)
+    if progress.failed_this_run > _WARNINGS_IN_FULL:
+        yield Note(text=f"{progress.failed_this_run} images could not be read; the manifest names each with its reason", warning=True)
+    attributes = writer.finish()
+    yield Result(value=_result(job, failed=attributes["failed"], images_per_s=progress.images_per_s, already_complete=False))
+
+
+def _prepare(config: EncodeLatentsConfig, source: ImageSource) -> _Job:
+    """Load the VAE and settle every number that shapes the split."""
+    vae = FrozenVAE.load(config.vae, device=pick_device(config.device))
+    encoding = Encoding(vae=vae.identity(), image_size=config.image_size, latent_shape=vae.latent_shape(config.image_size), dtype=config.dtype)
+    items = source.items[: config.limit]
+    row_bytes = math.prod(encoding.latent_shape) * np.dtype(config.dtype).itemsize
+    rows = len(items) * config.views
+    chunk_rows, shard_rows = shard_layout(rows, config.views, row_bytes, batch_size=config.batch_size, shard_rows=config.shard_rows)
+    plan = SplitPlan(
+        name=config.split,
+        images=len(items),
+        views=config.views,
+        seed=config.seed,
+        source=source.name,
+        order_sha256=order_sha256(items),
+        chunk_rows=chunk_rows,
+        shard_rows=shard_rows,
+    )
+    return _Job(config, source, vae, encoding, plan)
+
+
+def _encode_shards(job: _Job, writer: SplitWriter, progress: _Progress) -> Iterator[Event]:
+    """All shards that are still to do: load ahead, encode here, write behind."""
+    config = job.config
+    indices = (index for shard in writer.todo for index in _images_of(shard, config.views))
+    ahead = 2 * math.ceil(config.batch_size / config.views) + config.workers
+    writing: Future[None] | None = None
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="revq-write") as write_pool,
+        closing(read_ahead(lambda index: _load(job, index), indices, workers=config.workers, ahead=ahead)) as loaded,
+    ):
+        for shard in writer.todo:
+            latents, rows = yield from _encode_shard(job, shard, loaded, progress)
+            if writing is not None:
+                writing.result()  # at most one shard waits behind the one in hand: that bounds memory
+            writing = write_pool.submit(writer.write_shard, shard, latents, rows)
+        if writing is not None:
+            writing.result()
+
+
+def _encode_shard(
+    job: _Job, shard: Shard, loaded: Iterator[_Loaded], progress: _Progress
+) -> Generator[Event, None, tuple[NDArray[Any], list[ManifestRow]]]:
+    """The latents (rows of the shard,C,H,W) and the manifest rows of one shard; an event after each batch."""
+    config = job.config
+    latents = np.zeros((len(shard), *job.encoding.latent_shape), config.dtype)
+    rows: list[ManifestRow] = []
+    waiting: list[tuple[int, Pixels]] = []  # (row in the shard, pixels) not encoded yet
+    images = _images_of(shard, config.views)
+    for image in itertools.islice(loaded, len(images)):
+        first_row = len(rows)
+        rows += _manifest_rows(job, image)
+        waiting += [(first_row + view, pixels) for view, pixels in enumerate(image.pixels)]
+        progress.images += 1
+        progress.images_this_run += 1
+        if image.reason:
+            yield from _report_failure(job, image, progress)
+        while len(waiting) >= config.batch_size or (waiting and image.index == images[-1]):
+            batch, waiting = waiting[: config.batch_size], waiting[config.batch_size :]
+            positions = [row for row, _ in batch]
+            latents[positions] = _encode_batch(job, [pixels.array for _, pixels in batch], [rows[row].key for row in positions])
+            yield Advance(done=progress.images, values={"images_per_s": progress.images_per_s})
+    return latents, rows
+
+
+def _load(job: _Job, index: int) -> _Loaded:
+    """Read and decode one image with all its views; runs in a worker thread."""
+    config, item = job.config, job.source.items[index]
+    try:
+        data = job.source.read(index)
+    except OSError as error:
+        return _Loaded(index, reason=f"cannot be read: {error.strerror or error}")
+    sha256 = hashlib.sha256(data).hexdigest()
+    views = [View(config.seed, index, number) for number in range(config.views)]
+    try:
+        return _Loaded(index, sha256, load_views(data, config.image_size, views, box=item.box))
+    except UnreadableImage as error:
+        return _Loaded(index, sha256, reason=error.reason)
+
+
+def _encode_batch(job: _Job, pixels: Sequence[NDArray[np.uint8]], keys: Sequence[str]) -> NDArray[Any]:
+    """pixels B x (3,S,S) -> latents (B,C,H,W) in the store's dtype.
+
+    Raises:
+        StoreError: a value is not finite, in itself or in that dtype.
+    """
+    images = torch.from_numpy(np.stack(pixels)).to(job.vae.device).float().div_(127.5).sub_(1)
+    latents = job.vae.encode(images).cpu().to(getattr(torch, job.config.dtype))
+    finite = torch.isfinite(latents).flatten(1).all(1)
+    if not bool(finite.all()):
+        key = keys[int((~finite).nonzero()[0, 0])]
+        mend = "encode with --dtype float32 (and --overwrite)" if job.config.dtype == "float16" else "use another VAE or leave the image out"
+        raise StoreError(f"the latent of image {key} of {job.source.name} is not finite in {job.config.dtype}; {mend}")
+    return latents.numpy()
+
+
+def _manifest_rows(job: _Job, image: _Loaded) -> list[ManifestRow]:
+    """One row for each view, failed or not, so that no failure shifts another image's rows."""
+    item, views = job.source.items[image.index], job.config.views
+    common: dict[str, Any] = {"source": job.source.name, "key": item.key, "label": item.label, "class_name": item.class_name, "sha256": image.sha256}
+    if image.reason:
+        return [ManifestRow(row=image.index * views + view, view=view, status=FAILED, reason=image.reason, **common) for view in range(views)]
+    rows = []
+    for view, pixels in enumerate(image.pixels):
+        left, top, right, bottom = pixels.box
+        box: dict[str, Any] = {"left": left, "top": top, "right": right, "bottom": bottom, "flipped": pixels.flipped}
+        size: dict[str, Any] = {"width": pixels.width, "height": pixels.height}
+        rows.append(ManifestRow(row=image.index * views + view, view=view, status=OK, **common, **box, **size))
+    return rows
+
+
+def _report_failure(job: _Job, image: _Loaded, progress: _Progress) -> Iterator[Event]:
+    key = job.source.items[image.index].key
+    if job.config.strict:
+        raise ImageError(f"image {key} of {job.source.name} cannot be read ({image.reason}); mend or remove it, or leave out --strict")
+    progress.failed_this_run += 1
+    if progress.failed_this_run <= _WARNINGS_IN_FULL:
+        yield Note(text=f"image {key} cannot be read and is left out: {image.reason}", warning=True)
+
+
+def _notes_on_resume(config: EncodeLatentsConfig, writer: SplitWriter) -> Iterator[Event]:
+    """What an earlier run left: shards that hold, shards that do not, and (strict) failures."""
+    if writer.damaged:
+        names = ", ".join(str(shard.index) for shard in writer.damaged[:5]) + (", ..." if len(writer.damaged) > 5 else "")
+        yield Note(text=f"{len(writer.damaged)} shards do not match their checksum (number {names}) and are encoded again", warning=True)
+    if writer.rows_done:
+        yield Note(text=f"resuming: {writer.rows_done} of {writer.plan.rows} rows are there")
+    _refuse_failure(config, writer.first_failure() if config.strict else None)
+
+
+def _tell_complete(job: _Job, store: Path) -> Iterator[Event]:
+    config = job.config
+    remove_progress(store, config.split)
+    failed = split_attributes(store)[config.split]["failed"]
+    _refuse_failure(config, first_failure(manifest_path(store, config.split)) if config.strict and failed else None)
+    yield Note(text=f'split "{config.split}" of {store} is complete already; --overwrite encodes it again')
+    yield Result(value=_result(job, failed=failed, images_per_s=None, already_complete=True))
+
+
+def _refuse_failure(config: EncodeLatentsConfig, failure: tuple[str, str] | None) -> None:
+    """Raises ImageError where an earlier run recorded a failure that `strict` does not allow."""
+    if failure:
+        key, reason = failure
+        raise ImageError(f"image {key} could not be read by an earlier run ({reason}); mend it and add --overwrite, or leave out --strict")
+
+
+def _result(job: _Job, *, failed: int, images_per_s: float | None, already_complete: bool) -> dict[str, Any]:
+    """The result's value; bytes are those on disk, or in a dry run those of the uncompressed latents."""
+    store = Path(job.config.store).expanduser()
+    files = [] if job.config.dry_run else [file for file in (store / job.config.split).rglob("*") if file.is_file()]
+    return {
+        "store": str(store),
+        "split": job.config.split,
+        "rows": job.plan.rows,
+        "images": job.plan.images,
+        "failed": failed,
+        "latent_shape": list(job.encoding.latent_shape),
+        "bytes": _latent_bytes(job) if job.config.dry_run else sum(file.stat().st_size for file in files),
+        "fingerprint": job.encoding.fingerprint,
+        "images_per_s": images_per_s,
+        "already_complete": already_complete,
+        "dry_run": job.config.dry_run,
+    }
+
+
+def _latent_bytes(job: _Job) -> int:
+    return job.plan.rows * math.prod(job.encoding.latent_shape) * np.dtype(job.config.dtype).itemsize
+
+
+def _images_of(shard: Shard, views: int) -> range:
+    """Positions in the source of a shard's images; a shard holds whole images."""
+    return range(shard.start // views, shard.stop // views)

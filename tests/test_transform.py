@@ -1,0 +1,118 @@
+"""Latent transforms. C,H,W latent channels, rows, columns, P = C*H*W, T tokens, D = P/T dims."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from revq.errors import CodebookError
+from revq.models.transform import Covariance, LatentTransform, allocate_axes, fit_rotation, scale_from_sensitivity, standard_deviation
+
+SHAPE = (4, 3, 2)
+
+
+def correlated_latents(count: int, seed: int = 0) -> Tensor:
+    """(N,4,3,2) latents whose positions are mixed by a fixed random matrix, off centre."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(24, 24, generator=torch.Generator().manual_seed(99)) * torch.linspace(0.1, 3, 24)
+    return (torch.randn(count, 24, generator=generator) @ mixing.T + 5).reshape(count, *SHAPE)
+
+
+def full_transform(tokens: int = 6) -> LatentTransform:
+    latents = correlated_latents(5000)
+    plain = LatentTransform(
+        mean=latents.mean(0), std=standard_deviation(latents.var(0)), tokens=tokens, scale=torch.linspace(0.5, 2, 24).reshape(SHAPE)
+    )
+    covariance = Covariance(24)
+    covariance.add(plain(latents).flatten(1))
+    return LatentTransform(mean=plain.mean, std=plain.std, scale=plain.scale, tokens=tokens, rotation=fit_rotation(covariance.shrunk(), tokens))
+
+
+def test_the_inverse_gives_the_latent_back() -> None:
+    transform, latents = full_transform(), correlated_latents(10, seed=1)
+    assert transform(latents).shape == (10, 6, 4)
+    assert torch.allclose(transform.inverse(transform(latents)), latents, atol=1e-4)
+
+
+def test_without_a_rotation_coordinates_are_the_standardised_latent_cut_in_order() -> None:
+    latents = correlated_latents(50)
+    transform = LatentTransform(mean=latents.mean(0), std=latents.std(0), tokens=12)
+    expected = ((latents - latents.mean(0)) / latents.std(0)).reshape(50, 12, 2)
+    assert torch.allclose(transform(latents), expected, atol=1e-6)
+
+
+def test_some_tokens_alone_are_the_same_as_a_part_of_all() -> None:
+    transform, latents = full_transform(), correlated_latents(7, seed=2)
+    standardised = transform.standardize(latents)
+    assert torch.allclose(transform.to_coordinates(standardised, 2, 5), transform(latents)[:, 2:5], atol=1e-5)
+
+
+def test_pca_coordinates_are_uncorrelated_and_tokens_share_the_variance_fairly() -> None:
+    coordinates = full_transform()(correlated_latents(5000)).flatten(1)
+    covariance = coordinates.T.cov()
+    off_diagonal = covariance - torch.diag(covariance.diagonal())
+    assert float(off_diagonal.abs().max()) < 0.02 * float(covariance.diagonal().max())
+    products = covariance.diagonal().reshape(6, 4).log().sum(1)
+    in_order = covariance.diagonal().sort().values.reshape(6, 4).log().sum(1)
+    assert float(products.max() - products.min()) < 0.2 * float(in_order.max() - in_order.min())
+
+
+def test_a_rotation_keeps_squared_error_the_same() -> None:
+    transform = full_transform()
+    assert transform.rotation is not None
+    assert torch.allclose(transform.rotation @ transform.rotation.T, torch.eye(24), atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 6), st.integers(0, 10_000))
+def test_axes_are_dealt_out_each_once(tokens: int, dims: int, seed: int) -> None:
+    variances = torch.rand(tokens * dims, generator=torch.Generator().manual_seed(seed)).tolist()
+    assert sorted(allocate_axes(variances, tokens)) == list(range(tokens * dims))
+
+
+def test_a_covariance_of_batches_equals_that_of_all_at_once_and_many_samples_are_hardly_shrunk() -> None:
+    vectors = correlated_latents(20_000).flatten(1)
+    vectors = vectors - vectors.mean(0)
+    covariance = Covariance(24)
+    for batch in vectors.split(777):
+        covariance.add(batch)
+    expected = vectors.double().T @ vectors.double() / len(vectors)
+    assert torch.allclose(covariance.products / covariance.count, expected, rtol=1e-4, atol=1e-3)
+    assert float((covariance.shrunk() - expected).norm() / expected.norm()) < 0.01
+
+
+def test_a_covariance_of_fewer_samples_than_positions_is_made_definite() -> None:
+    covariance = Covariance(24)
+    covariance.add(correlated_latents(5).flatten(1) - 5)
+    assert float(torch.linalg.eigvalsh(covariance.shrunk()).min()) > 0
+
+
+def test_a_position_that_never_varies_stays_itself() -> None:
+    latents = correlated_latents(100)
+    latents[:, 1, 2, 0] = 7.0
+    transform = LatentTransform(mean=latents.mean(0), std=standard_deviation(latents.var(0)), tokens=6)
+    assert torch.isfinite(transform(latents)).all()
+    assert torch.allclose(transform.inverse(transform(latents)), latents, atol=1e-4)
+
+
+def test_tokens_that_do_not_divide_the_positions_are_refused_with_the_nearest_that_do() -> None:
+    with pytest.raises(CodebookError, match=r"24 positions, which 7 tokens do not divide; nearest that do: .*6.*8"):
+        LatentTransform(mean=torch.zeros(SHAPE), std=torch.ones(SHAPE), tokens=7)
+
+
+def test_scales_have_mean_square_one_and_never_reach_zero() -> None:
+    sensitivity = torch.ones(SHAPE)
+    sensitivity[0] = 0
+    scale = scale_from_sensitivity(sensitivity)
+    assert float(scale.min()) > 0
+    assert math.isclose(float(scale.square().mean()), 1, abs_tol=1e-3)
+
+
+def test_a_decoder_that_reacts_to_nothing_is_an_error() -> None:
+    with pytest.raises(CodebookError, match="--transform pca"):
+        scale_from_sensitivity(torch.zeros(SHAPE))
