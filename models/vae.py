@@ -33,7 +33,7 @@ class FrozenVAE(nn.Module):
         """Wrap a loaded `network` that has `encode` and `decode`, diffusers' or a plug-in's.
 
         Args:
-            vae_id: how the user named it (hub id, folder, FILE.py:FACTORY).
+            vae_id: hub id, or where it lies on this machine as an absolute path (a folder, FILE.py:FACTORY).
             revision: commit of the hub repository; None where it did not come from the hub.
             config_sha256: hash of its configuration, or of the plug-in's source file.
         """
@@ -62,7 +62,7 @@ class FrozenVAE(nn.Module):
         elif spec == EMBEDDED_VAE:
             vae = _load_folder(Path(__file__).parent / EMBEDDED_VAE, spec)
         elif Path(spec).expanduser().is_dir():
-            vae = _load_folder(Path(spec).expanduser(), spec)
+            vae = _load_folder(Path(spec).expanduser(), str(Path(spec).expanduser().resolve()))
         else:
             vae = _load_hub(spec, revision)
         return vae.to(device)
@@ -174,7 +174,7 @@ def _load_plugin(spec: str) -> FrozenVAE:
         raise VAEError(f"VAE plug-in {spec} failed with {type(error).__name__}: {_one_line(error)}") from error
     if not (isinstance(network, nn.Module) and callable(getattr(network, "encode", None)) and callable(getattr(network, "decode", None))):
         raise VAEError(f"VAE plug-in {spec} must return a torch.nn.Module with encode and decode, not {type(network).__name__}")
-    return FrozenVAE(network, vae_id=spec, revision=None, config_sha256=sha256_file(path))
+    return FrozenVAE(network, vae_id=f"{path.resolve()}:{factory_name}", revision=None, config_sha256=sha256_file(path))
 
 
 def _load_folder(folder: Path, vae_id: str, revision: str | None = None) -> FrozenVAE:

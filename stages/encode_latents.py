@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..cache.images import Pixels, UnreadableImage, View, load_views, read_ahead
 from ..cache.manifest import FAILED, OK, ManifestRow, first_failure
@@ -205,20 +206,24 @@ def _encode_shard(
     latents = np.zeros((len(shard), *job.encoding.latent_shape), config.dtype)
     rows: list[ManifestRow] = []
     waiting: list[tuple[int, Pixels]] = []  # (row in the shard, pixels) not encoded yet
+    running: list[tuple[list[int], Tensor]] = []  # batches given to the device, not fetched yet
     images = _images_of(shard, config.views)
     for image in itertools.islice(loaded, len(images)):
-        first_row = len(rows)
+        first_row, last = len(rows), image.index == images[-1]
         rows += _manifest_rows(job, image)
         waiting += [(first_row + view, pixels) for view, pixels in enumerate(image.pixels)]
         progress.images += 1
         progress.images_this_run += 1
         if image.reason:
             yield from _report_failure(job, image, progress)
-        while len(waiting) >= config.batch_size or (waiting and image.index == images[-1]):
+        while len(waiting) >= config.batch_size or (waiting and last):
             batch, waiting = waiting[: config.batch_size], waiting[config.batch_size :]
-            positions = [row for row, _ in batch]
-            latents[positions] = _encode_batch(job, [pixels.array for _, pixels in batch], [rows[row].key for row in positions])
+            running.append(([row for row, _ in batch], _launch(job, [pixels.array for _, pixels in batch])))
+            if len(running) > 1:  # fetch a batch only when the next one is under way, so that a GPU never waits for the host
+                _fetch(job, *running.pop(0), latents, rows)
             yield Advance(done=progress.images, values={"images_per_s": progress.images_per_s})
+    for positions, batch_latents in running:
+        _fetch(job, positions, batch_latents, latents, rows)
     return latents, rows
 
 
@@ -237,20 +242,27 @@ def _load(job: _Job, index: int) -> _Loaded:
         return _Loaded(index, sha256, reason=error.reason)
 
 
-def _encode_batch(job: _Job, pixels: Sequence[NDArray[np.uint8]], keys: Sequence[str]) -> NDArray[Any]:
-    """pixels B x (3,S,S) -> latents (B,C,H,W) in the store's dtype.
+def _launch(job: _Job, pixels: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """pixels B x (3,S,S) -> latents (B,C,H,W) float32 on the VAE's device, which on a GPU are still being computed."""
+    images = torch.from_numpy(np.stack(pixels))
+    if job.vae.device.type == "cuda":
+        images = images.pin_memory()  # a copy from pageable memory would wait for the batch before
+    return job.vae.encode(images.to(job.vae.device, non_blocking=True).float().div_(127.5).sub_(1))
+
+
+def _fetch(job: _Job, positions: list[int], batch_latents: Tensor, latents: NDArray[Any], rows: Sequence[ManifestRow]) -> None:
+    """Bring a batch's latents (B,C,H,W) to `latents[positions]` in the store's dtype.
 
     Raises:
         StoreError: a value is not finite, in itself or in that dtype.
     """
-    images = torch.from_numpy(np.stack(pixels)).to(job.vae.device).float().div_(127.5).sub_(1)
-    latents = job.vae.encode(images).cpu().to(getattr(torch, job.config.dtype))
-    finite = torch.isfinite(latents).flatten(1).all(1)
+    values = batch_latents.cpu().to(getattr(torch, job.config.dtype))
+    finite = torch.isfinite(values).flatten(1).all(1)
     if not bool(finite.all()):
-        key = keys[int((~finite).nonzero()[0, 0])]
+        key = rows[positions[int((~finite).nonzero()[0, 0])]].key
         mend = "encode with --dtype float32 (and --overwrite)" if job.config.dtype == "float16" else "use another VAE or leave the image out"
         raise StoreError(f"the latent of image {key} of {job.source.name} is not finite in {job.config.dtype}; {mend}")
-    return latents.numpy()
+    latents[positions] = values.numpy()
 
 
 def _manifest_rows(job: _Job, image: _Loaded) -> list[ManifestRow]:

@@ -117,9 +117,8 @@ def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
         yield Result(value=_result(config, load_codebooks(out), mse=None, latents=len(rows), seconds=0.0))
         return
     if len(rows) < 39 * config.codes:
-        yield Note(
-            text=f"{len(rows)} latents for {config.codes} codes are {len(rows) / config.codes:.1f} per code; FAISS advises 39: more images or --views help"
-        )
+        few = f"{len(rows)} latents for {config.codes} codes are {len(rows) / config.codes:.1f} per code"
+        yield Note(text=f"{few}, FAISS advises 39; more images or --views help")
     latents = ResidentLatents(split, rows, device=device)
     transform, sensitivity = yield from _fit_transform(config, split, latents, vae)
     codebooks, counts, mse = yield from _fit_groups(config, latents, transform.to(device), backend, out / "partial")
@@ -159,10 +158,10 @@ def _fit_transform(
     if vae is not None:
         sensitivity = yield from _calibrate(config, latents, std, vae)
         scale = scale_from_sensitivity(sensitivity)
-    transform = LatentTransform(mean=mean, std=std, tokens=config.tokens, scale=scale).to(latents.latents.device)
+    transform = LatentTransform(mean=mean, std=std, tokens=config.tokens, scale=scale).to(latents.device)
     if config.transform == "standardize":
         return transform, None
-    covariance = Covariance(mean.numel(), latents.latents.device)
+    covariance = Covariance(mean.numel(), latents.device)
     yield Begin(task="covariance", total=len(latents), unit="latents")
     for batch in torch.arange(len(latents)).split(_BATCH):
         covariance.add(transform(latents.batch(batch)).flatten(1))
@@ -174,7 +173,7 @@ def _fit_transform(
 def _calibrate(config: FitCodebooksConfig, latents: ResidentLatents, std: Tensor, vae: FrozenVAE) -> Generator[Event, None, Tensor]:
     """h = E[(J^T v)^2] for standardised latents: v are random signs on the decoded values, one per cached latent drawn."""
     generator = torch.Generator().manual_seed(config.seed)
-    std = std.to(latents.latents.device)
+    std = std.to(latents.device)
     total = torch.zeros_like(std)
     draws = torch.randint(len(latents), (config.calibration_samples,), generator=generator)
     yield Begin(task="decoder sensitivity", total=len(draws), unit="products")

@@ -157,10 +157,10 @@ def test_lpips_equals_torchmetrics_called_directly(imagenet_sample: Path, tmp_pa
 def test_usage_and_perplexity_follow_the_counts_of_each_codebook() -> None:
     usage = CodebookUsage(3, 4, CPU)
     usage.update(torch.tensor([[0, 0, 0], [0, 1, 1]]))
-    usage.update(torch.tensor([[0, 0, 2], [0, 1, 3]]))
+    usage.update(torch.tensor([[0, 0, 2], [0, 0, 3]]))
     result = usage.compute()
     assert result["usage"] == {"min": 0.25, "median": 0.5, "max": 1.0}
-    assert result["perplexity"] == pytest.approx({"min": 1.0, "median": 2.0, "max": 4.0})
+    assert result["perplexity"] == pytest.approx({"min": 1.0, "median": 0.75**-0.75 * 0.25**-0.25, "max": 4.0})
 
 
 @dataclass(frozen=True)

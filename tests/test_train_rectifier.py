@@ -1,0 +1,184 @@
+"""Stage two, second half, on a real store."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from revq import ReVQTokenizer
+from revq.errors import ConfigError, MismatchError, OutputError, TrainingError
+from revq.models.codebooks import load_codebooks
+from revq.stages.checkpoints import TrainState
+from revq.stages.events import Advance, Note, run_quietly
+from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+
+SMALL = {"steps": 12, "batch_size": 16, "width": 32, "depth": 1, "evaluations": 4}
+
+
+def config(store: Path, codebooks: Path, out: Path, **changes: object) -> TrainRectifierConfig:
+    return TrainRectifierConfig(**{"store": str(store), "codebooks": str(codebooks), "out": str(out), **SMALL, **changes})  # type: ignore[arg-type]
+
+
+def weights(out: Path) -> bytes:
+    return (out / "tokenizer" / "model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_a_tokenizer_metrics_checkpoints_and_tensorboard_events(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    result = run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run")))
+    metrics = pq.read_table(tmp_path / "run" / "metrics.parquet").to_pydict()
+    assert metrics["step"] == [0, 3, 6, 9, 12]
+    assert metrics["val_mse_rectified"][-1] == result["val_mse_rectified"]
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-00000009.pt", "step-00000012.pt"]
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    assert ReVQTokenizer.from_pretrained(tmp_path / "run" / "tokenizer").fingerprint == result["fingerprint"]
+
+
+def test_training_lowers_the_error_of_unseen_latents(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    settings = {"steps": 80, "lr": 2e-3, "codebook_lr": 0.0, "width": 64, "ema": 0.9}
+    result = run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", **settings)))
+    assert result["val_mse_rectified"] < 0.99 * result["val_mse_quantized"]
+
+
+@pytest.mark.parametrize("codebook_lr", [0.0, 0.01], ids=["frozen codebooks", "trained codebooks"])
+def test_the_same_command_in_another_folder_gives_the_same_weights_bit_for_bit(
+    small_store: Path, small_codebooks: Path, tmp_path: Path, codebook_lr: float
+) -> None:
+    for name in ("a", "b"):
+        run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / name, codebook_lr=codebook_lr)))
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+@pytest.mark.parametrize("codebook_lr", [0.0, 0.01], ids=["frozen codebooks", "trained codebooks"])
+def test_stopped_at_any_step_and_given_again_it_ends_with_the_same_weights(
+    small_store: Path, small_codebooks: Path, tmp_path: Path, codebook_lr: float
+) -> None:
+    changes = {"codebook_lr": codebook_lr, "finish_steps": 4, "finish_batch_size": 4}
+    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "whole", **changes)))
+    for stop_at in (1, 2, 4):
+        stopped = train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes))
+        for evaluation, _ in enumerate(event for event in stopped if isinstance(event, Advance)):
+            if evaluation == stop_at:
+                stopped.close()  # type: ignore[attr-defined]
+                break
+    events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes)))
+    assert any(isinstance(event, Note) and "resuming at step" in event.text for event in events)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "stopped")
+    whole, resumed = (pq.read_table(tmp_path / name / "metrics.parquet", columns=["step", "val_mse_rectified"]) for name in ("whole", "stopped"))
+    assert whole.equals(resumed)
+
+
+def test_killed_and_given_again_it_ends_with_the_same_weights(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    changes = {"steps": 60, "evaluations": 20}
+    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "whole", **changes)))
+    arguments = ["--steps", "60", "--batch-size", "16", "--width", "32", "--depth", "1", "--evaluations", "20"]
+    command = [sys.executable, "-m", "revq", "train-rectifier", small_store, small_codebooks, tmp_path / "killed", *arguments]
+    for wanted in (2, 9):
+        with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < deadline:
+                steps = sorted(int(path.stem[5:]) for path in (tmp_path / "killed").glob("checkpoints/step-*.pt"))
+                if steps and steps[-1] >= 3 * wanted:
+                    os.kill(process.pid, signal.SIGKILL)
+                    break
+                time.sleep(0.01)
+    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "killed", **changes)))
+    assert weights(tmp_path / "whole") == weights(tmp_path / "killed")
+
+
+def test_a_torn_checkpoint_is_said_and_the_one_before_is_used(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "whole")))
+    stopped = train_rectifier(config(small_store, small_codebooks, tmp_path / "torn"))
+    for event in stopped:
+        if isinstance(event, Advance) and event.done == 9:
+            stopped.close()  # type: ignore[attr-defined]
+            break
+    newest = sorted((tmp_path / "torn" / "checkpoints").iterdir())[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    notes = [event.text for event in train_rectifier(config(small_store, small_codebooks, tmp_path / "torn")) if isinstance(event, Note)]
+    assert "step-00000009.pt is damaged" in notes[0]
+    assert notes[1] == "resuming at step 6"
+    assert weights(tmp_path / "whole") == weights(tmp_path / "torn")
+
+
+def test_frozen_codebooks_stay_as_fitted_and_trained_ones_move(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    fitted = load_codebooks(small_codebooks).codebooks
+    for lr in (0.0, 0.01):
+        run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / str(lr), codebook_lr=lr)))
+        trained = ReVQTokenizer.from_pretrained(tmp_path / str(lr) / "tokenizer").quantizer.codebooks
+        assert torch.equal(trained, fitted) == (lr == 0)
+
+
+def test_a_batch_looked_up_in_the_token_table_equals_one_quantized_anew(small_store: Path, small_codebooks: Path) -> None:
+    from revq.stages.train_rectifier import _new_state, _open_inputs, _step, _token_table
+
+    settings = config(small_store, small_codebooks, Path("unused"), codebook_lr=0.0)
+    from revq import LatentStore
+
+    fitted = load_codebooks(small_codebooks)
+    inputs = _open_inputs(settings, LatentStore.open(small_store), fitted)
+    by_table, anew = (_new_state(settings, inputs, fitted.codebooks) for _ in range(2))
+    tokens = _token_table(settings, inputs, by_table)
+    for _ in range(3):
+        assert torch.equal(_step(settings, inputs, by_table, tokens), _step(settings, inputs, anew, None))
+
+
+def test_without_a_validation_split_whole_images_are_held_out(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    result = run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", val_split="none")))
+    assert result["validated_on"] == "last 2 % of train"
+
+
+def test_unused_codes_move_beside_used_ones(small_store: Path, small_codebooks: Path) -> None:
+    from revq import LatentStore
+    from revq.stages.train_rectifier import _new_state, _open_inputs, _reset_unused
+
+    fitted = load_codebooks(small_codebooks)
+    settings = config(small_store, small_codebooks, Path("unused"))
+    state: TrainState = _new_state(settings, _open_inputs(settings, LatentStore.open(small_store), fitted), fitted.codebooks)
+    state.counts.fill_(5)
+    state.counts[3, 10:] = 0
+    state.counts[3, 7] = 100
+    before = state.quantizer.codebooks.detach().clone()
+    _reset_unused(state, seed=0)
+    moved = (state.quantizer.codebooks.detach() != before).any(2)
+    assert moved.sum() == 6  # 20 % of 32
+    assert moved[3, 10:16].all()
+    assert float((state.quantizer.codebooks[3, 10] - before[3, 7]).detach().norm()) < 1
+    assert not state.counts.any()
+
+
+def test_a_loss_that_is_not_finite_stops_before_weights_change_and_names_the_step(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"at step \d+; nothing was written over: try a lower --lr"):
+        run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", lr=1e30, steps=100)))
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
+def test_codebooks_of_another_store_are_refused(small_store: Path, small_codebooks: Path, tmp_path: Path, taef2: str, imagenet_sample: Path) -> None:
+    from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+
+    other = {"store": str(tmp_path / "other"), "image_size": 128, "limit": 8, "workers": 1}
+    run_quietly(encode_latents(EncodeLatentsConfig(images=str(imagenet_sample / "val"), vae=taef2, **other)))  # type: ignore[arg-type]
+    with pytest.raises(MismatchError, match="fingerprint"):
+        run_quietly(train_rectifier(config(tmp_path / "other", small_codebooks, tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_other_settings_is_kept(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", steps=2)))
+    before = weights(tmp_path / "run")
+    with pytest.raises(OutputError, match="steps: 2 there, 3 asked"):
+        run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", steps=3)))
+    assert weights(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("changes", [{"width": 33}, {"lr": 0.0}, {"ema": 1.0}, {"precision": "fp8"}, {"block": "mlp"}, {"steps": -1}], ids=str)
+def test_settings_out_of_range_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        config(Path("store"), Path("codebooks"), Path("out"), **changes)
