@@ -79,7 +79,12 @@ class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
             TokenizerError: no tokenizer there, or a damaged one.
             MismatchError: the given VAE is another one.
         """
-        tokenizer: ReVQTokenizer = super().from_pretrained(str(path), **hub_options)
+        try:
+            tokenizer: ReVQTokenizer = super().from_pretrained(str(path), **hub_options)
+        except TokenizerError:
+            raise
+        except Exception as error:  # the hub client has its own errors, for a name that is no folder and cannot be downloaded
+            raise TokenizerError(f"no tokenizer at {path}: no such folder, and not to be had from the model hub ({_one_line(error)})") from error
         tokenizer.to(device)
         if isinstance(vae, FrozenVAE):
             vae.require(tokenizer.vae_identity)
@@ -101,8 +106,7 @@ class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
             tokenizer = cls(config)
             tokenizer.load_state_dict(load_file(file))
         except Exception as error:  # safetensors, torch and the hub client each have their own
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise TokenizerError(f"the tokenizer in {model_id} cannot be loaded: {WEIGHTS_NAME}: {reason}") from error
+            raise TokenizerError(f"the tokenizer in {model_id} cannot be loaded: {WEIGHTS_NAME}: {_one_line(error)}") from error
         return tokenizer
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -214,3 +218,8 @@ images = tokenizer.decode(indices)
 {measured}
 Method: Quantize-then-Rectify, arXiv 2507.10547.
 """
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -97,33 +97,51 @@ def standard_deviation(variance: Tensor) -> Tensor:
 
 
 class Covariance:
-    """Covariance of vectors that come in batches, shrunk toward a multiple of the identity as far as few samples ask (Ledoit and Wolf 2004)."""
+    """Covariance of latents that come in batches, shrunk toward its own stationary part as far as few samples ask.
 
-    def __init__(self, positions: int, device: torch.device | str = "cpu") -> None:
-        """Start with no vectors; `positions` is P."""
+    With fewer latents than positions a sample covariance knows nothing outside their span, and axes fitted to it lose unseen latents.
+    Pictures are nearly stationary, so the target averages over all pairs of positions with the same channels and offset. The
+    intensity is that of Ledoit and Wolf (2004), with this target in place of theirs.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device | str = "cpu") -> None:
+        """Start with no latents of `shape` (C,H,W)."""
         # float64 sums of float32 products; MPS has no float64, so there they live on the CPU.
         place = "cpu" if torch.device(device).type == "mps" else device
-        self.products = torch.zeros(positions, positions, dtype=torch.float64, device=place)
+        self.shape = shape
+        self.products = torch.zeros(math.prod(shape), math.prod(shape), dtype=torch.float64, device=place)
         self.fourth_moment = 0.0
         self.count = 0
 
-    def add(self, vectors: Tensor) -> None:
-        """Take in (B,P) vectors of mean zero."""
+    def add(self, latents: Tensor) -> None:
+        """Take in (B,C,H,W) latents of mean zero."""
+        vectors = latents.flatten(1)
         self.products += (vectors.T @ vectors).to(self.products)
-        self.fourth_moment += (
-            float(vectors.double().square().sum(1).square().sum()) if vectors.device.type != "mps" else float(vectors.square().sum(1).square().sum())
-        )
+        self.fourth_moment += float(vectors.to(self.products).square().sum(1).square().sum())
         self.count += len(vectors)
 
     def shrunk(self) -> Tensor:
-        """(P,P) float64, symmetric, positive definite unless every vector was zero."""
+        """(P,P) float64, symmetric."""
         sample = self.products / self.count
-        level = sample.diagonal().mean()
-        target = level * torch.eye(len(sample), dtype=sample.dtype, device=sample.device)
+        target = stationary_part(sample, self.shape)
         distance = float((sample - target).square().sum())
         noise = (self.fourth_moment / self.count - float(sample.square().sum())) / self.count
         shrinkage = min(1.0, max(0.0, noise / distance)) if distance > 0 else 1.0
         return (1 - shrinkage) * sample + shrinkage * target
+
+
+def stationary_part(covariance: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """(P,P) -> (P,P): every entry replaced by the mean over entries of the same two channels and the same offset in rows and columns."""
+    _, height, width = shape
+    source = covariance.reshape(*shape, *shape)
+    result = torch.empty_like(source)
+    for dy in range(-height + 1, height):
+        for dx in range(-width + 1, width):
+            rows = torch.arange(max(0, -dy), min(height, height - dy))
+            columns = torch.arange(max(0, -dx), min(width, width - dx))
+            y, x = (grid.flatten() for grid in torch.meshgrid(rows, columns, indexing="ij"))
+            result[:, y, x, :, y + dy, x + dx] = source[:, y, x, :, y + dy, x + dx].mean(0)
+    return result.reshape(covariance.shape)
 
 
 def fit_rotation(covariance: Tensor, tokens: int) -> Tensor:

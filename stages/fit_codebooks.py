@@ -161,10 +161,10 @@ def _fit_transform(
     transform = LatentTransform(mean=mean, std=std, tokens=config.tokens, scale=scale).to(latents.device)
     if config.transform == "standardize":
         return transform, None
-    covariance = Covariance(mean.numel(), latents.device)
+    covariance = Covariance((mean.shape[0], mean.shape[1], mean.shape[2]), latents.device)
     yield Begin(task="covariance", total=len(latents), unit="latents")
     for batch in torch.arange(len(latents)).split(_BATCH):
-        covariance.add(transform(latents.batch(batch)).flatten(1))
+        covariance.add(transform.standardize(latents.batch(batch)) * transform.scale)
         yield Advance(done=int(batch[-1]) + 1)
     rotation = fit_rotation(covariance.shrunk(), config.tokens)
     return LatentTransform(mean=mean, std=std, tokens=config.tokens, scale=scale, rotation=rotation.cpu()), sensitivity

@@ -212,7 +212,7 @@ def _step(config: TrainRectifierConfig, inputs: _Inputs, state: TrainState, toke
         indices = state.quantizer.encode(true)
         coordinates = state.quantizer.decode(indices)
         state.counts += code_counts(indices, state.counts.shape[1])
-        if not finishing:
+        if config.codebook_lr > 0 and not finishing:
             codebook_loss = F.mse_loss(coordinates, true)
     quantized = inputs.transform.from_coordinates(coordinates.detach())
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.autocast):
@@ -234,7 +234,7 @@ def _update(config: TrainRectifierConfig, inputs: _Inputs, state: TrainState, lo
     """Backward, clip, step, average, reset unused codes at the end of an epoch."""
     if not bool(torch.isfinite(loss)):
         raise TrainingError(
-            f"the loss is {float(loss)} at step {state.step}; nothing was written over: try a lower --lr, or --precision fp32, in a new folder"
+            f"the loss is {loss.item()} at step {state.step}; nothing was written over: try a lower --lr, or --precision fp32, in a new folder"
         )
     rectifier_group, codebook_group = state.optimizer.param_groups
     rectifier_group["lr"] = _learning_rate(config, inputs, state.step)

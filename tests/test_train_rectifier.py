@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from revq import ReVQTokenizer
+from revq import LatentStore, ReVQTokenizer
 from revq.errors import ConfigError, MismatchError, OutputError, TrainingError
 from revq.models.codebooks import load_codebooks
 from revq.stages.checkpoints import TrainState
@@ -62,10 +62,10 @@ def test_stopped_at_any_step_and_given_again_it_ends_with_the_same_weights(
 ) -> None:
     changes = {"codebook_lr": codebook_lr, "finish_steps": 4, "finish_batch_size": 4}
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "whole", **changes)))
-    for stop_at in (1, 2, 4):
+    for stop_at in (4, 8, 12):
         stopped = train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes))
-        for evaluation, _ in enumerate(event for event in stopped if isinstance(event, Advance)):
-            if evaluation == stop_at:
+        for event in stopped:
+            if isinstance(event, Advance) and event.done == stop_at:
                 stopped.close()  # type: ignore[attr-defined]
                 break
     events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes)))
@@ -120,8 +120,6 @@ def test_a_batch_looked_up_in_the_token_table_equals_one_quantized_anew(small_st
     from revq.stages.train_rectifier import _new_state, _open_inputs, _step, _token_table
 
     settings = config(small_store, small_codebooks, Path("unused"), codebook_lr=0.0)
-    from revq import LatentStore
-
     fitted = load_codebooks(small_codebooks)
     inputs = _open_inputs(settings, LatentStore.open(small_store), fitted)
     by_table, anew = (_new_state(settings, inputs, fitted.codebooks) for _ in range(2))
@@ -136,7 +134,6 @@ def test_without_a_validation_split_whole_images_are_held_out(small_store: Path,
 
 
 def test_unused_codes_move_beside_used_ones(small_store: Path, small_codebooks: Path) -> None:
-    from revq import LatentStore
     from revq.stages.train_rectifier import _new_state, _open_inputs, _reset_unused
 
     fitted = load_codebooks(small_codebooks)

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revq.errors import CodebookError
-from revq.models.transform import Covariance, LatentTransform, allocate_axes, fit_rotation, scale_from_sensitivity, standard_deviation
+from revq.models.transform import (
+    Covariance,
+    LatentTransform,
+    allocate_axes,
+    fit_rotation,
+    scale_from_sensitivity,
+    standard_deviation,
+    stationary_part,
+)
 
 SHAPE = (4, 3, 2)
 
@@ -28,8 +36,8 @@ def full_transform(tokens: int = 6) -> LatentTransform:
     plain = LatentTransform(
         mean=latents.mean(0), std=standard_deviation(latents.var(0)), tokens=tokens, scale=torch.linspace(0.5, 2, 24).reshape(SHAPE)
     )
-    covariance = Covariance(24)
-    covariance.add(plain(latents).flatten(1))
+    covariance = Covariance(SHAPE)
+    covariance.add(plain.standardize(latents) * plain.scale)
     return LatentTransform(mean=plain.mean, std=plain.std, scale=plain.scale, tokens=tokens, rotation=fit_rotation(covariance.shrunk(), tokens))
 
 
@@ -76,20 +84,35 @@ def test_axes_are_dealt_out_each_once(tokens: int, dims: int, seed: int) -> None
 
 
 def test_a_covariance_of_batches_equals_that_of_all_at_once_and_many_samples_are_hardly_shrunk() -> None:
-    vectors = correlated_latents(20_000).flatten(1)
-    vectors = vectors - vectors.mean(0)
-    covariance = Covariance(24)
-    for batch in vectors.split(777):
+    latents = correlated_latents(20_000)
+    latents = latents - latents.mean(0)
+    covariance = Covariance(SHAPE)
+    for batch in latents.split(777):
         covariance.add(batch)
-    expected = vectors.double().T @ vectors.double() / len(vectors)
+    vectors = latents.flatten(1).double()
+    expected = vectors.T @ vectors / len(vectors)
     assert torch.allclose(covariance.products / covariance.count, expected, rtol=1e-4, atol=1e-3)
     assert float((covariance.shrunk() - expected).norm() / expected.norm()) < 0.01
 
 
-def test_a_covariance_of_fewer_samples_than_positions_is_made_definite() -> None:
-    covariance = Covariance(24)
-    covariance.add(correlated_latents(5).flatten(1) - 5)
-    assert float(torch.linalg.eigvalsh(covariance.shrunk()).min()) > 0
+def test_the_stationary_part_averages_equal_offsets_of_equal_channels() -> None:
+    covariance = torch.randn(24, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    part = stationary_part(covariance, SHAPE).reshape(*SHAPE, *SHAPE)
+    whole = covariance.reshape(*SHAPE, *SHAPE)
+    assert float(part[1, 0, 0, 2, 1, 1]) == pytest.approx(float(whole[1, 0, 0, 2, 1, 1] + whole[1, 1, 0, 2, 2, 1]) / 2)
+    assert torch.equal(part[3, 2, 1, 0, 0, 0], whole[3, 2, 1, 0, 0, 0])
+    assert torch.allclose(stationary_part(part.reshape(24, 24), SHAPE).reshape(part.shape), part)
+
+
+def test_from_few_samples_of_a_stationary_field_the_shrunk_covariance_is_nearer_the_truth() -> None:
+    side = torch.arange(6).double()
+    decay = torch.exp(-(side[:, None] - side[None, :]).abs() / 3)
+    truth = torch.kron(decay, decay)
+    noise = torch.randn(20, 36, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    covariance = Covariance((1, 6, 6))
+    covariance.add((noise @ torch.linalg.cholesky(truth).T).reshape(20, 1, 6, 6).float())
+    sample = covariance.products / covariance.count
+    assert float((covariance.shrunk() - truth).norm()) < 0.6 * float((sample - truth).norm())
 
 
 def test_a_position_that_never_varies_stays_itself() -> None:
