@@ -27,7 +27,7 @@ demo: install ## the whole pipeline on embedded photographs, offline, a few minu
 	$(BIN)/revq demo
 
 test: install ## all tests, on two processes
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: install ## format, lint and types
 	$(BIN)/ruff format --check .

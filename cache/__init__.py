@@ -1,6 +1,6 @@
 """Images in, latents on disk, latents out to the device. Nothing here knows a network; `revq.models` knows nothing of this."""
 
-from .batches import ResidentLatents, epoch_permutation, split_rows
+from .batches import ResidentLatents, epoch_permutation, split_rows, spread_rows
 from .images import Pixels, UnreadableImage, View, load_pixels
 from .sources import ImageItem, ImageSource, open_source
 from .store import Encoding, LatentSplit, LatentStore
@@ -19,4 +19,5 @@ __all__ = [
     "load_pixels",
     "open_source",
     "split_rows",
+    "spread_rows",
 ]

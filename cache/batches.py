@@ -116,6 +116,18 @@ def split_rows(split: LatentSplit, holdout_fraction: float, part: Literal["train
     return rows[split.ok[rows]].astype(np.int64)
 
 
+def spread_rows(split: LatentSplit, share: float, part: Literal["first", "second"]) -> NDArray[np.int64]:
+    """The ok rows of one part of a split when `share` of its images go to the second part, whole images with all their views.
+
+    The second part is spread evenly over the split's order, since that is often by class. With share 0 the second part is empty.
+    """
+    image = np.arange(split.images)
+    second = np.floor((image + 1) * share + 1e-9) > np.floor(image * share + 1e-9)
+    chosen = second if part == "second" else ~second
+    rows = np.flatnonzero(np.repeat(chosen, split.views))
+    return rows[split.ok[rows]].astype(np.int64)
+
+
 def epoch_permutation(n: int, seed: int, epoch: int) -> Tensor:
     """(n,) int64: the order of one epoch, a pure function of its arguments, so that a resumed run needs no generator's history."""
     digest = hashlib.sha256(f"revq epoch {seed} {epoch}".encode()).digest()

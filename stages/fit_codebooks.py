@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..cache.batches import ResidentLatents, split_rows
+from ..cache.batches import ResidentLatents, spread_rows
 from ..cache.store import LatentSplit, LatentStore
 from ..errors import CodebookError, ConfigError
 from ..files import claim_output, write_bytes
@@ -131,7 +131,7 @@ def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
 
 def _fit_rows(config: FitCodebooksConfig, split: LatentSplit) -> Any:
     """Sorted rows of the split to fit on: readable, of the images not kept for the rectifier, at most `max_samples`."""
-    rows = split_rows(split, config.rectifier_share, "train")
+    rows = spread_rows(split, config.rectifier_share, "first")
     if config.max_samples is None or config.max_samples >= len(rows):
         return rows
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))[: config.max_samples]

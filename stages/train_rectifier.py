@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cache.batches import ResidentLatents, epoch_permutation, split_rows
+from ..cache.batches import ResidentLatents, epoch_permutation, split_rows, spread_rows
 from ..cache.store import LatentStore
 from ..errors import CodebookError, ConfigError, MismatchError, TrainingError
 from ..files import claim_output, replacing, sha256_file
@@ -325,7 +325,7 @@ def _open_inputs(config: TrainRectifierConfig, store: LatentStore, fitted: Codeb
     device = pick_device(config.device)
     split = store[config.split]
     share = fitted.identity["rectifier_share"]
-    rows = split_rows(split, share, "holdout" if share else "train")
+    rows = spread_rows(split, share, "second" if share else "first")
     if config.val_split in store.splits:
         val_split, val_rows, val_name = store[config.val_split], None, config.val_split
     else:

@@ -50,7 +50,7 @@ class Made:
             "encode-latents": (self.images / "train", out, "--vae", self.vae, "--limit", 96, *ENCODE),
             "fit-codebooks": (self.store, out, *FIT),
             "train-rectifier": (self.store, self.codebooks, out, *TRAIN),
-            "evaluate": (self.run, self.images / "train", out, "--limit", 64, "--batch-size", 4, "--workers", 2, "--no-download"),
+            "evaluate": (self.run, self.images / "train", out, "--limit", 24, "--batch-size", 2, "--workers", 2, "--no-download"),
         }
         return [stage, *map(str, commands[stage])]
 
@@ -294,7 +294,7 @@ INTERRUPTIONS = [
     Interruption("fit-codebooks", r"^k-means", "codebooks.safetensors", ""),
     Interruption("train-rectifier", r"train: \d+/", "tokenizer/model.safetensors", r"resuming at step \d+"),
     Interruption("train-rectifier", r"train: \d+/", "tokenizer/model.safetensors", r"resuming at step \d+", signal.SIGTERM),
-    Interruption("evaluate", r"evaluate: \d+/64", "", ""),
+    Interruption("evaluate", r"evaluate: \d+/24", "", ""),
 ]
 
 

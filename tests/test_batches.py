@@ -10,7 +10,7 @@ import torch
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
-from revq.cache.batches import ResidentLatents, epoch_permutation, split_rows
+from revq.cache.batches import ResidentLatents, epoch_permutation, split_rows, spread_rows
 from revq.cache.manifest import FAILED, OK, ManifestRow
 from revq.cache.store import Encoding, LatentSplit, LatentStore
 from revq.cache.writer import SplitPlan, SplitWriter
@@ -118,3 +118,26 @@ def test_an_epochs_order_is_a_permutation_and_a_pure_function(n: int, seed: int,
 def test_epochs_and_seeds_differ() -> None:
     orders = {tuple(epoch_permutation(50, seed, epoch).tolist()) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
+
+
+@given(images=st.integers(1, 60), share=st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.5, 0.9]))
+def test_two_parts_of_a_split_share_no_image_and_miss_none(images: int, share: float) -> None:
+    split = _StatelessSplit(images)
+    first, second = (spread_rows(split, share, part) for part in ("first", "second"))  # type: ignore[arg-type]
+    assert sorted([*first.tolist(), *second.tolist()]) == list(range(2 * images))
+    assert not {row // 2 for row in first.tolist()} & {row // 2 for row in second.tolist()}
+    assert abs(len(second) / 2 - share * images) <= 1
+
+
+class _StatelessSplit:
+    """As much of a split as the choice of rows looks at: two views an image, all readable."""
+
+    def __init__(self, images: int) -> None:
+        self.images, self.views, self.ok = images, 2, np.ones(2 * images, bool)
+
+
+def test_the_second_part_of_a_split_is_spread_over_its_order_and_leaves_out_failed_images(tmp_path: Path) -> None:
+    split = make_split(tmp_path / "s")
+    assert (spread_rows(split, 0.25, "second") // 2).tolist() == [3, 3, 7, 7, 11, 11, 15, 15, 19, 19]
+    assert BAD_IMAGE not in (spread_rows(split, 0.25, "first") // 2).tolist()
+    assert len(spread_rows(split, 0.0, "second")) == 0
