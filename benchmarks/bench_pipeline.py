@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
 from revq import FrozenVAE
 from revq.models.device import pick_device
 from revq.models.rectifier import Rectifier

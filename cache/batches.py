@@ -117,15 +117,16 @@ def split_rows(split: LatentSplit, holdout_fraction: float, part: Literal["train
 
 
 def spread_rows(split: LatentSplit, share: float, part: Literal["first", "second"]) -> NDArray[np.int64]:
-    """The ok rows of one part of a split when `share` of its images go to the second part, whole images with all their views.
-
-    The second part is spread evenly over the split's order, since that is often by class. With share 0 the second part is empty.
-    """
-    image = np.arange(split.images)
-    second = np.floor((image + 1) * share + 1e-9) > np.floor(image * share + 1e-9)
-    chosen = second if part == "second" else ~second
-    rows = np.flatnonzero(np.repeat(chosen, split.views))
+    """The ok rows of one part of a split when `share` of its images go to the second part, whole images with all their views."""
+    second = spread_images(split.images, share)
+    rows = np.flatnonzero(np.repeat(second if part == "second" else ~second, split.views))
     return rows[split.ok[rows]].astype(np.int64)
+
+
+def spread_images(images: int, share: float) -> NDArray[np.bool_]:
+    """(images,) True for `share` of them, spread evenly, since a split's order is often by class; none where the share is 0."""
+    marks = np.floor(np.arange(images + 1) * share + 1e-9)
+    return np.diff(marks) > 0
 
 
 def epoch_permutation(n: int, seed: int, epoch: int) -> Tensor:

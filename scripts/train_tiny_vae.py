@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="output folder: checkpoint.pt, then vae/")
     parser.add_argument("--val", type=Path, required=True, help="folder of images never trained on, for the reported PSNR")
     parser.add_argument("--side", type=int, default=128, help="training and validation size in pixels")
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--log-every", type=int, default=250)

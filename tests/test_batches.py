@@ -10,7 +10,8 @@ import torch
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
-from revq.cache.batches import ResidentLatents, epoch_permutation, split_rows, spread_rows
+
+from revq.cache.batches import ResidentLatents, epoch_permutation, split_rows, spread_images, spread_rows
 from revq.cache.manifest import FAILED, OK, ManifestRow
 from revq.cache.store import Encoding, LatentSplit, LatentStore
 from revq.cache.writer import SplitPlan, SplitWriter
@@ -120,20 +121,11 @@ def test_epochs_and_seeds_differ() -> None:
     assert len(orders) == 25
 
 
-@given(images=st.integers(1, 60), share=st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.5, 0.9]))
-def test_two_parts_of_a_split_share_no_image_and_miss_none(images: int, share: float) -> None:
-    split = _StatelessSplit(images)
-    first, second = (spread_rows(split, share, part) for part in ("first", "second"))  # type: ignore[arg-type]
-    assert sorted([*first.tolist(), *second.tolist()]) == list(range(2 * images))
-    assert not {row // 2 for row in first.tolist()} & {row // 2 for row in second.tolist()}
-    assert abs(len(second) / 2 - share * images) <= 1
-
-
-class _StatelessSplit:
-    """As much of a split as the choice of rows looks at: two views an image, all readable."""
-
-    def __init__(self, images: int) -> None:
-        self.images, self.views, self.ok = images, 2, np.ones(2 * images, bool)
+@given(images=st.integers(0, 200), share=st.floats(0, 0.99))
+def test_any_share_of_the_images_is_spread_so_that_every_stretch_has_its_part(images: int, share: float) -> None:
+    second = spread_images(images, share)
+    assert second.shape == (images,)
+    assert np.all(np.abs(np.cumsum(second) - share * np.arange(1, images + 1)) <= 1)
 
 
 def test_the_second_part_of_a_split_is_spread_over_its_order_and_leaves_out_failed_images(tmp_path: Path) -> None:
@@ -141,3 +133,5 @@ def test_the_second_part_of_a_split_is_spread_over_its_order_and_leaves_out_fail
     assert (spread_rows(split, 0.25, "second") // 2).tolist() == [3, 3, 7, 7, 11, 11, 15, 15, 19, 19]
     assert BAD_IMAGE not in (spread_rows(split, 0.25, "first") // 2).tolist()
     assert len(spread_rows(split, 0.0, "second")) == 0
+    both = np.concatenate([spread_rows(split, 0.3, "first"), spread_rows(split, 0.3, "second")])
+    assert np.array_equal(np.sort(both), np.flatnonzero(split.ok))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
+
 from revq import __version__, cli
 from revq.stages.encode_latents import EncodeLatentsConfig
 from revq.stages.evaluate import EvaluateConfig

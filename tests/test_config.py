@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from revq.errors import ConfigError
 from revq.pipeline.config import Plan, load_plan, preset_names
 

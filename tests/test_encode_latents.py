@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from revq.cache.sources import open_source
 from revq.cache.store import LatentStore
 from revq.errors import ConfigError, ImageError, MismatchError, OutputError, StoreError

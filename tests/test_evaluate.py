@@ -15,6 +15,11 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torchmetrics.image import PeakSignalNoiseRatio
+from torchmetrics.image.fid import FrechetInceptionDistance
+
 from revq.cache.images import load_pixels
 from revq.cache.sources import open_source
 from revq.errors import ConfigError, ImageError, MismatchError, OutputError, RevqError, TokenizerError
@@ -25,10 +30,6 @@ from revq.stages.evaluate import EvaluateConfig, draw_grid, evaluate
 from revq.stages.events import Advance, Begin, Event, Note, Result, run_quietly
 from revq.stages.metrics import ROWS, load_inception, to_signed, to_uint8
 from revq.stages.weights import ALEXNET
-from torch import Tensor
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torchmetrics.image import PeakSignalNoiseRatio
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 SIZE = 64
 TOKENS, CODES = 512, 24

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
 from revq.cache import images as images_module
 from revq.cache.images import Pixels, UnreadableImage, View, centre_crop, load_pixels, load_views, random_crop, read_ahead
 from revq.cache.sources import open_source

@@ -17,13 +17,14 @@ import torch
 import torch_fidelity
 import torchvision
 from PIL import Image
-from revq.errors import ConfigError
-from revq.stages.metrics import CodebookUsage, RowMetrics, image_scores, load_inception, load_lpips, to_signed, to_uint8
-from revq.stages.weights import ALEXNET, INCEPTION, WeightFile, find_weights
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image import LearnedPerceptualImagePatchSimilarity, PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
+
+from revq.errors import ConfigError
+from revq.stages.metrics import CodebookUsage, RowMetrics, image_scores, load_inception, load_lpips, to_signed, to_uint8
+from revq.stages.weights import ALEXNET, INCEPTION, WeightFile, find_weights
 
 CPU = torch.device("cpu")
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import pexpect
 import pytest
+
 from revq.pipeline.progress import Meter, finish, show
 from revq.stages.events import Advance, Begin, Event, Note, Result
 

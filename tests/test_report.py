@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from revq.errors import OutputError
 from revq.pipeline.report import cut_tiles, headline_table, html_report, markdown_report, verdict, write_report
 from revq.stages.evaluate import draw_grid

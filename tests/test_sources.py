@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from revq.cache.photographs import HELD_OUT_FILES, TRAIN_FILES, view_boxes
 from revq.cache.sources import FolderSource, open_source, order_sha256
 from revq.errors import ImageError

@@ -14,6 +14,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
 from revq.cache.manifest import FAILED, OK, ManifestRow
 from revq.cache.store import Encoding, LatentStore, is_store
 from revq.cache.writer import SplitPlan, SplitWriter, check_split_name, shard_layout, target_state

@@ -47,10 +47,8 @@ def test_a_posterior_gives_its_mode_so_that_encoding_repeats_bit_for_bit(tmp_pat
 
 def test_an_autoencoder_tiny_loads_too_and_decodes_into_range(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    channels = (8, 8)
-    network = diffusers.AutoencoderTiny(
-        encoder_block_out_channels=channels, decoder_block_out_channels=channels, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4
-    )  # fmt: skip
+    sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    network = diffusers.AutoencoderTiny(**sizes, latent_channels=4)
     vae = FrozenVAE.load(str(save_tiny(network, tmp_path / "tiny")))
     images = vae.decode(100 * torch.randn(1, 4, 8, 8))
     assert images.shape == (1, 3, 16, 16)
