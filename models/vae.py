@@ -194,7 +194,7 @@ def _load_folder(folder: Path, vae_id: str, revision: str | None = None) -> Froz
             f"{folder}/config.json names the class {class_name!r}, which diffusers {diffusers.__version__} does not have; upgrade diffusers"
         )
     try:
-        network = network_class.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+        network = network_class.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False)
     except Exception as error:  # diffusers raises OSError, ValueError, RuntimeError and safetensors' own for a damaged folder
         raise VAEError(f"the VAE in {folder} cannot be loaded: {_one_line(error)}") from error
     settings = {name: value for name, value in config.items() if name not in {"_diffusers_version", "_name_or_path"}}

@@ -191,7 +191,7 @@ class _Bars:
 
     def note(self, event: Note) -> None:
         text = Text(_printable(("warning: " if event.warning else "") + event.text), style="yellow" if event.warning else "")
-        self.console.print(text, soft_wrap=self.live is None)
+        self.console.print(text)
 
     def _stop(self) -> None:
         live, self.live, self.meter = self.live, None, None
@@ -232,7 +232,13 @@ def finish(command: str, value: Mapping[str, Any], *, as_json: bool) -> None:
         return
     summary = {"evaluate": _evaluation, "run": _evaluation, "info": _description}.get(command, _made)
     lines = [*summary(value), *_next(command, value)]
-    print("\n".join(_printable(line) for line in lines), flush=True)
+    console = Console(highlight=False)
+    for line in lines:
+        if sys.stdout.isatty():
+            console.print(Text(_printable(line)))  # wrapped between words
+        else:
+            print(_printable(line))
+    sys.stdout.flush()
 
 
 class _Terminated(KeyboardInterrupt):

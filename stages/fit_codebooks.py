@@ -230,6 +230,7 @@ def _result(config: FitCodebooksConfig, made: Codebooks, *, mse: float | None, l
     """What `--json` prints."""
     tokens, codes, dims = made.codebooks.shape
     result: dict[str, Any] = {
+        "store": config.store,
         "out": config.out,
         "transform": config.transform,
         "tokens": tokens,

@@ -351,7 +351,7 @@ class SmallDisk:
             subprocess.run(["umount", "-l", str(self.folder)], check=True)
 
     def _limit(self) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size_kib * 512, self.size_kib * 512))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size_kib * 128, self.size_kib * 128))
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,7 @@ def test_the_bar_on_a_terminal_has_rate_and_time_and_never_overflows(columns: in
     assert max(map(len, lines)) <= columns
     assert "images/s" in plain
     assert "left" in plain
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor comes back"
     if columns >= 80:
         assert "psnr 23.40 dB" in plain
 
