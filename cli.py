@@ -148,7 +148,7 @@ def _train_rectifier(
     depth: Annotated[int, _method(help="Blocks of the rectifier.")] = 3,
     ema: Annotated[float, _method(help="Decay of the averaged weights.")] = 0.999,
     weight_decay: Annotated[float, _advanced(help="AdamW's, on the rectifier.")] = 1e-4,
-    block: Annotated[str, _advanced(help="efficientvit (the paper's) or conv.")] = "efficientvit",
+    block: Annotated[str, _advanced(help="conv or efficientvit (the paper's).")] = "conv",
     finish_batch_size: Annotated[int, _advanced(help="Latents in a step of --finish-steps.")] = 32,
     evaluations: Annotated[int, _advanced(help="How often to validate and save a checkpoint.")] = 20,
     precision: Annotated[str, _machine(help="auto, bf16 or fp32.")] = "auto",

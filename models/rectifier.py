@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BLOCKS = ("efficientvit", "conv")
+BLOCKS = ("conv", "efficientvit")
 
 
 class Rectifier(nn.Module):
     """A residual network over the latent grid; its last layer starts at zero, so an untrained rectifier changes nothing.
 
-    Its blocks are the paper's, EfficientViT (linear attention and a gated depthwise convolution, from diffusers), or plain
-    residual convolutions.
+    Its blocks are plain residual convolutions, or the paper's EfficientViT (linear attention and a gated depthwise convolution, from
+    diffusers).
     """
 
-    def __init__(self, *, channels: int, width: int, depth: int, block: str = "efficientvit") -> None:
+    def __init__(self, *, channels: int, width: int, depth: int, block: str = "conv") -> None:
         """Build it, randomly initialised but for the last layer.
 
         Args:
             channels: C of the latent.
             width: channels inside; a multiple of 32.
             depth: number of blocks.
-            block: "efficientvit" or "conv".
+            block: "conv" or "efficientvit".
         """
         super().__init__()
         self.settings: dict[str, Any] = {"channels": channels, "width": width, "depth": depth, "block": block}
