@@ -75,11 +75,12 @@ class _Tree:
 
 
 def _nearest_by_product(coordinates: Tensor, codebooks: Tensor) -> Tensor:
-    """Distances by |c|^2 - 2xc in blocks; the four best are then compared by direct distance, since that form cancels in float32."""
+    """Distances by |c|^2 - 2xc in blocks; the four best are then compared by direct distance in float64, since that form cancels in float32."""
     tokens, points, dims = coordinates.shape
     codes = codebooks.shape[1]
     centre = codebooks.mean(1, keepdim=True)
     centred = codebooks - centre
+    exact = torch.float32 if coordinates.device.type == "mps" else torch.float64
     half_norms = centred.square().sum(2).div(2).unsqueeze(1)
     block = max(1, _BLOCK_VALUES // max(1, tokens * codes))
     indices = torch.empty(tokens, points, dtype=torch.int64, device=coordinates.device)
@@ -88,6 +89,6 @@ def _nearest_by_product(coordinates: Tensor, codebooks: Tensor) -> Tensor:
         scores = torch.baddbmm(half_norms, part - centre, centred.transpose(1, 2), alpha=-1)
         candidates = scores.topk(min(4, codes), dim=2, largest=False).indices.sort(dim=2).values
         chosen = codebooks.gather(1, candidates.flatten(1).unsqueeze(2).expand(-1, -1, dims)).unflatten(1, candidates.shape[1:])
-        distances = (part.unsqueeze(2) - chosen).square().sum(3)
+        distances = (part.to(exact).unsqueeze(2) - chosen.to(exact)).square().sum(3)
         indices[:, start : start + block] = candidates.gather(2, distances.argmin(2, keepdim=True)).squeeze(2)
     return indices

@@ -18,14 +18,22 @@ class MultiGroupQuantizer(nn.Module):
         """codebooks: (T,K,D) float32."""
         super().__init__()
         self.codebooks = nn.Parameter(codebooks.float())
-        self._search: tuple[int, NearestCodes] | None = None
+        self._search: NearestCodes | None = None
+        self._searched: tuple[int, torch.device] | None = None
 
     def encode(self, coordinates: Tensor) -> Tensor:
-        """coordinates (B,T,D) -> indices (B,T) int64 of the nearest codes."""
-        version = self.codebooks._version
-        if self._search is None or self._search[0] != version or self._search[1].codebooks.device != self.codebooks.device:
-            self._search = (version, NearestCodes(self.codebooks.data))
-        return self._search[1].query(coordinates.transpose(0, 1)).T
+        """coordinates (B,T,D) -> indices (B,T) int64 of the nearest codes.
+
+        A search structure costs more than one small search, so it is built only when the same codes are searched a second time;
+        while codebooks train, they change at every step.
+        """
+        codes = self.codebooks.data
+        present = (self.codebooks._version, codes.device)
+        if present != self._searched:
+            self._searched, self._search = present, None
+            return NearestCodes(codes, "product").query(coordinates.transpose(0, 1)).T
+        self._search = self._search or NearestCodes(codes)
+        return self._search.query(coordinates.transpose(0, 1)).T
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices (B,T) in [0,K) -> coordinates (B,T,D); differentiable in the codebooks."""

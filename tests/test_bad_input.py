@@ -265,7 +265,13 @@ def test_codebooks_of_other_settings_are_not_replaced_unasked(revq_cli: Cli, mad
 
 def interrupt(arguments: list[str], when: str, how: signal.Signals) -> tuple[int, str, str]:
     """Start a command, send it a signal at the first line that matches; its exit code, standard output, standard error."""
-    child = subprocess.Popen([sys.executable, "-m", "revq", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def listen_to_ctrl_c() -> None:
+        # A shell that starts the tests in the background makes its children ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    command = [sys.executable, "-m", "revq", *arguments]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen_to_ctrl_c)
     assert child.stdout is not None
     seen = []
     for line in child.stdout:

@@ -69,10 +69,14 @@ def test_usage_and_perplexity_of_known_counts() -> None:
     assert perplexity(counts).tolist() == pytest.approx([4.0, 1.0, 2.0])
 
 
-def test_the_quantizer_searches_its_present_codebooks_after_they_change() -> None:
+def test_the_quantizer_searches_its_present_codebooks_after_an_optimizer_moved_them() -> None:
     quantizer = MultiGroupQuantizer(points(2, 600, 4))
     coordinates = points(2, 50, 4).transpose(0, 1)
-    before = quantizer.encode(coordinates)
-    with torch.no_grad():
-        quantizer.codebooks.copy_(quantizer.codebooks.flip(1))
-    assert torch.equal(quantizer.encode(coordinates), 599 - before)
+    optimizer = torch.optim.AdamW(quantizer.parameters(), lr=0.5)
+    for _ in range(3):
+        first, second = quantizer.encode(coordinates), quantizer.encode(coordinates)  # by product, then by tree
+        assert torch.equal(first, second)
+        assert torch.equal(first, nearest_codes(coordinates.transpose(0, 1), quantizer.codebooks.detach()).T)
+        optimizer.zero_grad()
+        quantizer.decode(first).square().sum().backward()
+        optimizer.step()
