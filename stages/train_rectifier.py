@@ -15,6 +15,7 @@ Shapes: N latents, B batch, C,H,W latent channels, rows, columns, T tokens per i
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import shutil
 import time
@@ -218,7 +219,12 @@ def _step(config: TrainRectifierConfig, inputs: _Inputs, state: TrainState, toke
     quantized = inputs.transform.from_coordinates(coordinates.detach())
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.autocast):
         rectified = state.rectifier(quantized).float()
-    loss = _picture_loss(inputs, rectified, latents) if finishing else F.mse_loss(rectified * scale, standardised * scale) + codebook_loss
+    if finishing:
+        loss = _picture_loss(inputs, rectified, latents)
+    elif config.width == 0:
+        loss = codebook_loss
+    else:
+        loss = F.mse_loss(rectified * scale, standardised * scale) + codebook_loss
     _update(config, inputs, state, loss)
     return loss.detach()
 
@@ -271,8 +277,11 @@ def _batch_index(config: TrainRectifierConfig, inputs: _Inputs, step: int) -> Te
     finishing = step >= inputs.steps
     size = min(config.finish_batch_size if finishing else config.batch_size, len(inputs.train))
     epoch, within = divmod(step - inputs.steps if finishing else step, inputs.steps_per_epoch(size))
-    order = epoch_permutation(len(inputs.train), config.seed + finishing, epoch)
-    return order[within * size : (within + 1) * size]
+    return _epoch_order(len(inputs.train), config.seed + finishing, epoch)[within * size : (within + 1) * size]
+
+
+# Shuffling a million rows takes as long as a step; an epoch's order is the same at each of its steps.
+_epoch_order = functools.lru_cache(maxsize=1)(epoch_permutation)
 
 
 def _decay(inputs: _Inputs, step: int) -> float:

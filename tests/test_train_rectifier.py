@@ -116,6 +116,17 @@ def test_frozen_codebooks_stay_as_fitted_and_trained_ones_move(small_store: Path
         assert torch.equal(trained, fitted) == (lr == 0)
 
 
+def test_width_0_trains_the_codebooks_alone_and_gives_a_tokenizer_without_a_rectifier(
+    small_store: Path, small_codebooks: Path, tmp_path: Path
+) -> None:
+    result = run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", width=0)))
+    tokenizer = ReVQTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
+    assert tokenizer.rectifier is None
+    assert result["rectifier_parameters"] == 0
+    assert result["val_mse_rectified"] == result["val_mse_quantized"]
+    assert not torch.equal(tokenizer.quantizer.codebooks, load_codebooks(small_codebooks).codebooks)
+
+
 def test_a_batch_looked_up_in_the_token_table_equals_one_quantized_anew(small_store: Path, small_codebooks: Path) -> None:
     from revq.stages.train_rectifier import _new_state, _open_inputs, _step, _token_table
 
