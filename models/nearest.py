@@ -69,9 +69,12 @@ class _Tree:
         if len(self.first) == 1:
             return np.zeros(len(points), dtype=np.int64) + self.first[0]
         distances, neighbours = self.tree.query(points, k=2)
-        indices = self.first[neighbours]
-        tie = distances[:, 0] == distances[:, 1]
-        return np.where(tie, indices.min(axis=1), indices[:, 0]).astype(np.int64)
+        indices = self.first[neighbours[:, 0]].astype(np.int64)
+        # The tree names any of several equally near codes. That is rare, so those points are compared with every code.
+        for tied in np.flatnonzero(distances[:, 0] == distances[:, 1]):
+            squared = np.square(self.tree.data - points[tied].astype(np.float64)).sum(axis=1)
+            indices[tied] = self.first[squared == squared.min()].min()
+        return indices
 
 
 def _nearest_by_product(coordinates: Tensor, codebooks: Tensor) -> Tensor:

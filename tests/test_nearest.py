@@ -64,9 +64,12 @@ def test_of_equal_codes_the_lowest_index_is_chosen(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["tree", "product"])
-def test_of_two_codes_at_equal_distance_the_lowest_index_is_chosen(backend: str) -> None:
-    codebook = torch.tensor([[[5.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]])
-    assert NearestCodes(codebook, backend).query(torch.zeros(1, 1, 2)).item() == 1
+@pytest.mark.parametrize("seed", range(12))
+def test_of_codes_at_equal_distance_the_lowest_index_is_chosen_whatever_their_order(backend: str, seed: int) -> None:
+    corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0], [5.0, 0.0], [0.0, 5.0]])
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
+    found = NearestCodes(corners[order][None], backend).query(torch.zeros(1, 1, 2)).item()
+    assert found == min(index for index, corner in enumerate(order.tolist()) if corner < 4)
 
 
 @settings(max_examples=40, deadline=None)
