@@ -194,10 +194,11 @@ def _fit_groups(
     dims = transform.mean.numel() // config.tokens
     width = max(1, min(config.tokens, 32, _BLOCK_BYTES // (len(latents) * dims * 4)))
     blocks = []
-    yield Begin(task=f"k-means ({backend})", total=config.tokens, unit="codebooks")
-    for first in range(0, config.tokens, width):
-        last = min(first + width, config.tokens)
-        path = partial / f"tokens-{first:05d}-{last:05d}.safetensors"
+    spans = [(first, min(first + width, config.tokens)) for first in range(0, config.tokens, width)]
+    paths = {span: partial / f"tokens-{span[0]:05d}-{span[1]:05d}.safetensors" for span in spans}
+    done = sum(last - first for (first, last), path in paths.items() if path.exists())
+    yield Begin(task=f"k-means ({backend})", total=config.tokens, unit="codebooks", done=done)
+    for (first, last), path in paths.items():
         if not path.exists():
             points = _coordinates(latents, transform, first, last)
             codebooks = kmeans(
@@ -205,7 +206,8 @@ def _fit_groups(
             )
             write_bytes(path, save(_assess(points, codebooks)))
         blocks.append(load_file(path))
-        yield Advance(done=last, values={"mse": float(torch.cat([block["errors"] for block in blocks]).mean())})
+        if last > done:
+            yield Advance(done=last, values={"mse": float(torch.cat([block["errors"] for block in blocks]).mean())})
     joined = {name: torch.cat([block[name] for block in blocks]) for name in ("codebooks", "counts", "errors")}
     return joined["codebooks"], joined["counts"], float(joined["errors"].mean())
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from revq import LatentStore
 from revq.cache.batches import ResidentLatents
@@ -14,7 +15,7 @@ from revq.errors import CodebookError, ConfigError, MismatchError, OutputError
 from revq.models.codebooks import Codebooks, load_codebooks
 from revq.models.quantizer import MultiGroupQuantizer
 from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
-from revq.stages.events import Advance, Note, run_quietly
+from revq.stages.events import Advance, Begin, Note, run_quietly
 from revq.stages.fit_codebooks import FitCodebooksConfig, fit_codebooks
 
 SMALL = {"tokens": 512, "codes": 32, "iterations": 4, "calibration_samples": 32}
@@ -67,6 +68,20 @@ def test_stopped_after_any_block_and_given_again_it_ends_with_the_same_bytes(sma
     run_quietly(fit_codebooks(config(small_store, tmp_path / "stopped")))
     whole, resumed = ((tmp_path / name / "codebooks.safetensors").read_bytes() for name in ("whole", "stopped"))
     assert whole == resumed
+
+
+def test_finished_blocks_are_taken_as_they_are_and_counted_in_the_progress(small_store: Path, tmp_path: Path) -> None:
+    stopped = fit_codebooks(config(small_store, tmp_path / "out"))
+    for event in stopped:
+        if isinstance(event, Advance) and event.done >= 64:
+            stopped.close()  # type: ignore[attr-defined]
+            break
+    block = tmp_path / "out" / "partial" / "tokens-00000-00032.safetensors"
+    tensors = load_file(block)
+    save_file({**tensors, "codebooks": torch.full_like(tensors["codebooks"], 7.0)}, block)
+    begun = [event for event in fit_codebooks(config(small_store, tmp_path / "out")) if isinstance(event, Begin)]
+    assert begun[-1].done == 64
+    assert bool((load_codebooks(tmp_path / "out").codebooks[:32] == 7.0).all())
 
 
 def test_pca_loses_less_than_plain_coordinates_on_unseen_latents(imagenet_sample: Path, taef2: str, tmp_path: Path) -> None:

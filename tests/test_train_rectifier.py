@@ -127,6 +127,17 @@ def test_width_0_trains_the_codebooks_alone_and_gives_a_tokenizer_without_a_rect
     assert not torch.equal(tokenizer.quantizer.codebooks, load_codebooks(small_codebooks).codebooks)
 
 
+def test_an_epoch_sees_every_latent_once_and_each_epoch_has_its_own_order(small_store: Path, small_codebooks: Path) -> None:
+    from revq.stages.train_rectifier import _batch_index, _open_inputs
+
+    settings = config(small_store, small_codebooks, Path("unused"), batch_size=20, steps=100)
+    inputs = _open_inputs(settings, LatentStore.open(small_store), load_codebooks(small_codebooks))
+    epochs = [torch.cat([_batch_index(settings, inputs, step) for step in range(6 * epoch, 6 * epoch + 6)]) for epoch in (0, 1)]
+    assert all(torch.equal(epoch.sort().values, torch.arange(120)) for epoch in epochs)
+    assert not torch.equal(epochs[0], epochs[1])
+    assert torch.equal(_batch_index(settings, inputs, 3), epochs[0][60:80])
+
+
 def test_a_batch_looked_up_in_the_token_table_equals_one_quantized_anew(small_store: Path, small_codebooks: Path) -> None:
     from revq.stages.train_rectifier import _new_state, _open_inputs, _step, _token_table
 
