@@ -87,7 +87,7 @@ class TrainRectifierConfig:
     depth: int = 3
     """Blocks of the rectifier."""
     block: str = "conv"
-    """Kind of block: "conv", which gained more where we measured (docs/results.md), or "efficientvit" (the paper)."""
+    """Kind of block: "conv", which gained more in short runs (docs/results.md), or "efficientvit" (the paper)."""
     precision: str = "auto"
     """"bf16" autocast, "fp32", or "auto": bf16 on CUDA, fp32 elsewhere."""
     ema: float = 0.999

@@ -382,7 +382,20 @@ def test_a_full_disk_is_one_line_and_with_room_the_same_command_finishes(revq_cl
         disk.close()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written(revq_cli: Cli, imagenet_sample: Path, taef2: str, tmp_path: Path):
-    tmp_path.chmod(0o500)
-    error_of(revq_cli("encode-latents", imagenet_sample / "val", tmp_path / "a.zarr", "--vae", taef2, *ENCODE, check=1), "cannot be written")
+@pytest.fixture
+def locked_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder that this user may not write to; root may write anywhere but on a file system mounted to be read only."""
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    if os.geteuid() != 0:
+        yield folder
+        return
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"root may write anywhere, and cannot mount a read-only file system here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_folder_that_may_not_be_written(revq_cli: Cli, imagenet_sample: Path, taef2: str, locked_folder: Path):
+    error_of(revq_cli("encode-latents", imagenet_sample / "val", locked_folder / "a.zarr", "--vae", taef2, *ENCODE, check=1), "cannot be written")
