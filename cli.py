@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .pipeline.distributed import world
+from .pipeline.distributed import process_group
 from .pipeline.progress import finish, one_line_errors, show
 from .stages.events import Event
 
@@ -278,9 +278,10 @@ def _info(
 
 def _execute(command: str, events: Callable[[], Iterator[Event]], *, as_json: bool) -> None:
     """Run one command from config to summary."""
-    with one_line_errors():
-        world()
-        finish(command, show(events(), as_json=as_json), as_json=as_json)
+    with one_line_errors(), process_group() as rank:
+        value = show(events(), as_json=as_json, silent=rank > 0)
+        if rank == 0:
+            finish(command, value, as_json=as_json)
 
 
 def main() -> None:

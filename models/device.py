@@ -10,12 +10,14 @@ from ..errors import ConfigError
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" takes CUDA where there is one, then Apple's MPS, then the CPU.
 
+    "auto" and "cuda" are the current GPU, which under torchrun is the one of this process's local rank.
+
     Raises:
         ConfigError: the name is no device, or that device is not there.
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

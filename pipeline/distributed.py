@@ -1,21 +1,44 @@
-"""How many processes work together. This version runs in one."""
+"""Joining the process group that torchrun prepared. There is no launcher here: torchrun starts the processes and ends them when one dies."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..errors import ConfigError
 
 
 def world() -> tuple[int, int]:
-    """(rank, number of processes) as torchrun tells them in RANK and WORLD_SIZE; (0, 1) without torchrun.
+    """(rank, number of processes) as torchrun tells them in RANK and WORLD_SIZE; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def process_group() -> Iterator[int]:
+    """Join the others for as long as the block runs; yields this process's rank. One process joins nothing.
+
+    Tensors on a GPU are exchanged by NCCL, all else by gloo.
 
     Raises:
-        ConfigError: there is more than one process.
+        ConfigError: torchrun started more processes on this machine than it has GPUs.
     """
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if size != 1:
-        raise ConfigError(
-            f"this version runs in one process, but torchrun started {size}; give the command without torchrun, or with --nproc-per-node 1"
-        )
-    return rank, size
+    rank, size = world()
+    if size == 1:
+        yield rank
+        return
+    import torch
+    import torch.distributed as dist
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"torchrun started more processes here than there are GPUs ({torch.cuda.device_count()}); lower --nproc-per-node")
+        torch.cuda.set_device(local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
+    try:
+        yield rank
+    finally:
+        dist.destroy_process_group()

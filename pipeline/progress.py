@@ -37,15 +37,17 @@ _REFRESH_PER_S = 5
 _FLAGS = {"already_complete", "dry_run"}
 
 
-def show(events: Iterable[Event], *, as_json: bool) -> Mapping[str, Any]:
-    """Run a stage to its end while drawing what it says; returns the value of its `Result`."""
+def show(events: Iterable[Event], *, as_json: bool, silent: bool = False) -> Mapping[str, Any]:
+    """Run a stage to its end while drawing what it says; returns the value of its `Result`. `silent`: draw nothing (every rank but the first)."""
     stream = sys.stderr if as_json else sys.stdout
     console = Console(file=stream, highlight=False)
     on_terminal = stream.isatty() and console.is_terminal and not console.is_dumb_terminal
     value: Mapping[str, Any] = {}
     try:
-        with _Bars(console) if on_terminal and not as_json else _Lines(stream) as view:
+        with _Bars(console) if on_terminal and not as_json and not silent else _Lines(stream) as view:
             for event in events:
+                if silent and not isinstance(event, Result):
+                    continue
                 if isinstance(event, Begin):
                     view.begin(event)
                 elif isinstance(event, Advance):

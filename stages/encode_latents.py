@@ -35,6 +35,7 @@ from ..cache.writer import Shard, SplitPlan, SplitWriter, check_split_name, chec
 from ..errors import ConfigError, ImageError, StoreError
 from ..models.device import pick_device
 from ..models.vae import FrozenVAE
+from . import ranks
 from .events import Advance, Begin, Event, Note, Result
 
 _WARNINGS_IN_FULL = 5
@@ -133,6 +134,7 @@ def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
         MismatchError: the store or the split belongs to another encoding or run.
         OutputError: the store's path holds something else, or cannot be written.
     """
+    ranks.refuse_many("encode-latents")
     store = Path(config.store).expanduser()
     check_target(store)
     source = open_source(config.images)

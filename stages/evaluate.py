@@ -33,6 +33,7 @@ from ..errors import ConfigError, ImageError, OutputError, TokenizerError, VAEEr
 from ..files import claim_output, output_kind, read_json, write_bytes, write_json
 from ..models.device import pick_device
 from ..models.tokenizer import ReVQTokenizer
+from . import ranks
 from .events import Advance, Begin, Event, Note, Result
 from .metrics import (
     LPIPS_SMALLEST_SIDE,
@@ -135,6 +136,7 @@ def evaluate(config: EvaluateConfig) -> Iterator[Event]:
         TokenizerError, VAEError, MismatchError: no tokenizer, no VAE, or not the VAE it was trained with.
         OutputError: `out` holds something else, or cannot be written.
     """
+    ranks.refuse_many("evaluate")
     device = pick_device(config.device)
     tokenizer = ReVQTokenizer.from_pretrained(_tokenizer_folder(config.tokenizer), vae=config.vae, device=device).eval()
     _ = tokenizer.vae  # loaded now, so that a missing or another VAE is found before any work

@@ -33,6 +33,7 @@ from ..models.nearest import nearest_codes
 from ..models.quantizer import code_counts, perplexity, usage
 from ..models.transform import KINDS, MAX_DENSE_POSITIONS, Covariance, LatentTransform, fit_rotation, scale_from_sensitivity, standard_deviation
 from ..models.vae import FrozenVAE
+from . import ranks
 from .events import Advance, Begin, Event, Note, Result
 
 _BLOCK_BYTES = 256 << 20
@@ -102,6 +103,7 @@ def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
     Raises:
         StoreError, CodebookError, MismatchError, VAEError, OutputError, ConfigError: see their messages.
     """
+    ranks.refuse_many("fit-codebooks")
     started = time.perf_counter()
     device = pick_device(config.device)
     backend = pick_backend(config.backend, device)

@@ -42,6 +42,7 @@ from ..models.rectifier import BLOCKS, Rectifier, parameter_count, update_averag
 from ..models.tokenizer import FORMAT_VERSION, TOKENIZER_KIND, ReVQTokenizer
 from ..models.transform import LatentTransform
 from ..models.vae import FrozenVAE
+from . import ranks
 from .checkpoints import TrainState, resume, save_checkpoint
 from .events import Advance, Begin, Event, Note, Result
 
@@ -148,6 +149,7 @@ def train_rectifier(config: TrainRectifierConfig) -> Iterator[Event]:
     Raises:
         StoreError, CodebookError, MismatchError, VAEError, OutputError, TrainingError, ConfigError: see their messages.
     """
+    ranks.refuse_many("train-rectifier")
     store, fitted = LatentStore.open(config.store), load_codebooks(config.codebooks)
     _check_store(store, fitted)
     out = Path(config.out)

@@ -57,6 +57,24 @@ def revq_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
+def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `torchrun --nproc-per-node RANKS -m revq ARGUMENTS` on loopback, and check its exit code."""
+
+    def run(
+        ranks: int, *arguments: object, check: int | None = 0, env: dict[str, str] | None = None, timeout: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+        command = [sys.executable, *launcher, "--local-addr", "127.0.0.1", "-m", "revq", *map(str, arguments)]
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", **(env or {})}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+        if check is not None:
+            assert done.returncode == check, f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def small_store(tmp_path_factory: pytest.TempPathFactory, imagenet_sample: Path, taef2: str) -> Path:
     """A real latent store at 64 px: train (60 images, 2 views), val (12 images). Not to be written to."""
     from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents

@@ -106,11 +106,6 @@ def test_debugging_shows_the_traceback(revq_cli: Cli):
     assert "Traceback" in revq_cli("info", "/nowhere", env={"REVQ_DEBUG": "1"}, check=1).stderr
 
 
-def test_more_than_one_process_is_refused_in_one_line(revq_cli: Cli):
-    done = revq_cli("demo", env={"RANK": "1", "WORLD_SIZE": "4"}, check=1)
-    assert done.stderr.startswith("revq: error: this version runs in one process, but torchrun started 4")
-
-
 def test_info_on_what_revq_did_not_make_says_what_it_could_be(revq_cli: Cli, tmp_path: Path):
     (tmp_path / "config.json").write_text('{"kind": "something"}')
     done = revq_cli("info", tmp_path, check=1)

@@ -1,0 +1,64 @@
+"""How the processes of one torchrun share a stage's work. Without torchrun there is one process, and every function here is its trivial case.
+
+`pipeline.distributed` joins the process group before a stage starts; a stage only asks here who it is and exchanges small values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import ConfigError
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if _joined() else 0
+
+
+def world_size() -> int:
+    """Number of processes that work together."""
+    return dist.get_world_size() if _joined() else 1
+
+
+def refuse_many(stage: str) -> None:
+    """Raises ConfigError on more than one rank, for a stage that does not share its work."""
+    if world_size() > 1:
+        raise ConfigError(f"{stage} runs in one process, but torchrun started {world_size()}; give the command without torchrun")
+
+
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    if _joined():
+        dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value` (anything that pickles, and small), in the order of the ranks, on every rank."""
+    if not _joined():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's `value` on every rank."""
+    if not _joined():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def sum_tensors(tensor: Tensor) -> Tensor:
+    """The sum of every rank's `tensor`, in place; sums of float64 are the same on every rank, to the bit."""
+    if _joined():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
