@@ -337,9 +337,27 @@ def _description(value: Mapping[str, Any]) -> list[str]:
     for name, part in value.items():
         if name == "rows":
             lines += ["", *_evaluation(value)]
+        elif name == "splits":
+            lines += ["", *_splits(part)]
         elif isinstance(part, Mapping):
             lines += ["", f"{name}:", *_made(part)]
     return lines
+
+
+def _splits(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table of a store's splits, then why images failed."""
+    names = ("images", "views", "rows", "failed", "bytes", "compression", "state")
+    cells = [["split", *names]]
+    for name, split in splits.items():
+        cells.append([name, *("-" if split[column] is None else _told(column, split[column]) for column in names)])
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = [
+        "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in cells
+    ]
+    for name, split in splits.items():
+        lines += ["", f"  source of {name}: {split['source']}, seed {split['seed']}"]
+        lines += [f"  failed in {name}: {count} x {reason}" for reason, count in split["failures"].items()]
+    return lines if splits else ["  no split yet"]
 
 
 def _words(name: str) -> str:
