@@ -17,6 +17,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore
 
@@ -170,9 +171,7 @@ class RemotePlace(Place):
 
     @_told
     def write(self, key: str, data: bytes) -> None:
-        path = self._path(key)
-        self._fs.makedirs(self._fs._parent(path), exist_ok=True)  # object stores have no folders, but other file systems do
-        self._fs.pipe_file(path, data)
+        self._fs.pipe_file(self._prepared(key), data)
 
     @contextmanager
     def creating(self, key: str) -> Iterator[BinaryIO]:
@@ -183,9 +182,7 @@ class RemotePlace(Place):
 
     @_told
     def _upload(self, local: str, key: str) -> None:
-        path = self._path(key)
-        self._fs.makedirs(self._fs._parent(path), exist_ok=True)
-        self._fs.put_file(local, path)
+        self._fs.put_file(local, self._prepared(key))
 
     @_told
     def remove(self, key: str) -> None:
@@ -219,7 +216,8 @@ class RemotePlace(Place):
         """An upload that did not finish left nothing that could be seen."""
 
     def zarr_store(self, key: str = "") -> Store:
-        return FsspecStore.from_url(f"{self.name}/{key}".rstrip("/"), storage_options=_OPTIONS, read_only=True)
+        # The wrapper calls the blocking file system from threads. Zarr's own way is a second, asynchronous one, whose connections nobody closes.
+        return FsspecStore(fs=AsyncFileSystemWrapper(self._fs, asynchronous=True), path=self._path(key), read_only=True)
 
     @contextmanager
     def locked(self, purpose: str) -> Iterator[None]:
@@ -232,7 +230,16 @@ class RemotePlace(Place):
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}" if key else self._root
 
+    def _prepared(self, key: str) -> str:
+        """The path of a file that is about to be written, its folder made. An object store has no folders, and would be given a new bucket."""
+        path = self._path(key)
+        protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
+        if not _OBJECT_STORES & protocols:
+            self._fs.makedirs(self._fs._parent(path), exist_ok=True)
+        return path
 
+
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "hf"})
 _OPTIONS = {"use_listings_cache": False}  # another process may have written since
 
 

@@ -150,11 +150,12 @@ def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
         yield from _tell_complete(job)
         return
     with place.locked(f"encode-latents --split {config.split}") if ranks.rank() == 0 else nullcontext():
-        yield from _encode_split(job)
+        value = yield from _encode_split(job)
+    yield Result(value=value)
 
 
-def _encode_split(job: _Job) -> Iterator[Event]:
-    """What is missing of the split. Each rank encodes the shards that are its own; rank 0 creates the split and finishes it."""
+def _encode_split(job: _Job) -> Generator[Event, None, dict[str, Any]]:
+    """What is missing of the split; returns the result's value. Each rank encodes the shards that are its own, rank 0 creates and finishes."""
     config, rank = job.config, ranks.rank()
     if rank > 0:
         ranks.barrier()  # rank 0 creates it
@@ -172,7 +173,7 @@ def _encode_split(job: _Job) -> Iterator[Event]:
     if failed > _WARNINGS_IN_FULL:
         yield Note(text=f"{failed} images could not be read; the manifest names each with its reason", warning=True)
     attributes = ranks.broadcast(writer.finish() if rank == 0 else None)
-    yield Result(value=_result(job, failed=attributes["failed"], images_per_s=images_per_s, already_complete=False))
+    return _result(job, failed=attributes["failed"], images_per_s=images_per_s, already_complete=False)
 
 
 def _prepare(config: EncodeLatentsConfig, place: Place, source: ImageSource) -> _Job:

@@ -45,7 +45,7 @@ def manifest_of(plan: SplitPlan) -> list[ManifestRow]:
 
 
 def write(
-    path: Path, plan: SplitPlan = PLAN, shards: Sequence[int] | None = None, encoding: Encoding = ENCODING, overwrite: bool = False
+    path: Path | str, plan: SplitPlan = PLAN, shards: Sequence[int] | None = None, encoding: Encoding = ENCODING, overwrite: bool = False
 ) -> SplitWriter:
     """Write the shards of these numbers; None means all that are to do, and finish."""
     writer = SplitWriter(path, encoding, plan, overwrite=overwrite)
