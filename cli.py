@@ -57,7 +57,7 @@ def _revq(version: Annotated[bool, typer.Option("--version", callback=_show_vers
 @app.command("encode-latents")
 def _encode_latents(
     images: Annotated[str, typer.Argument(metavar="IMAGES", help="Folder of class folders, or of images.")],
-    store: Annotated[str, typer.Argument(metavar="STORE", help="Latent store to make, or to add a split to: a path, or a URL such as s3://bucket/latents.zarr.")],
+    store: Annotated[str, typer.Argument(metavar="STORE", help="Latent store to make or add a split to: a path or s3:// URL.")],
     vae: Annotated[
         str, _data(help="Hub id, folder in diffusers' format, FILE.py:FACTORY, or revq-tiny-f8c8.")
     ] = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers",
