@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from ..errors import StoreError
 from ..files import is_sealed, parse_json, sha256_json
 from .manifest import parse_manifest
-from .places import Place, open_place
+from .store_folder import StoreFolder, open_folder
 
 STORE_KIND = "revq-latents"
 SPLIT_KIND = "revq-latent-split"
@@ -84,11 +84,11 @@ class Encoding:
 class LatentSplit:
     """One complete split of a store, read lazily. Made by `LatentStore.open(path)[name]`."""
 
-    def __init__(self, place: Place, name: str, encoding: Encoding, attributes: Mapping[str, Any]) -> None:
+    def __init__(self, folder: StoreFolder, name: str, encoding: Encoding, attributes: Mapping[str, Any]) -> None:
         self.name = name
         self.encoding = encoding
         self.attributes = dict(attributes)
-        self._place = place
+        self._folder = folder
 
     def __len__(self) -> int:
         """N: rows, those of failed images included."""
@@ -157,15 +157,15 @@ class LatentSplit:
         Raises:
             StoreError: it is missing or damaged.
         """
-        data = self._place.read(key)
+        data = self._folder.read(key)
         if data is None or hashlib.sha256(data).hexdigest() != self.attributes["files_sha256"].get(key):
             state = "missing" if data is None else "not what was written"
-            raise StoreError(f'split "{self.name}" of {self._place.name} is damaged: {key} is {state}; encode it again with --overwrite')
+            raise StoreError(f'split "{self.name}" of {self._folder.name} is damaged: {key} is {state}; encode it again with --overwrite')
         return data
 
     def _array(self, name: str) -> zarr.Array:
         self.read_file(f"{self.name}/{name}/zarr.json")
-        return zarr.open_array(self._place.zarr_store(f"{self.name}/{name}"), mode="r", zarr_format=3)
+        return zarr.open_array(self._folder.zarr_store(f"{self.name}/{name}"), mode="r", zarr_format=3)
 
     def _read_small(self, name: str) -> NDArray[Any]:
         """An array of one chunk."""
@@ -174,15 +174,15 @@ class LatentSplit:
             return np.asarray(array[...])
         except Exception as error:  # a failed checksum is a ValueError, a cut file a RuntimeError, and Zstd has its own
             reason = " ".join(str(error).split())[:160]
-            where = f'split "{self.name}" of {self._place.name}'
+            where = f'split "{self.name}" of {self._folder.name}'
             raise StoreError(f"{where} is damaged: its array {name} cannot be read ({reason}); encode it again with --overwrite") from error
 
 
 class LatentStore:
     """A latent store opened for reading: `LatentStore.open("latents.zarr")["train"].latents[:4]`."""
 
-    def __init__(self, place: Place, encoding: Encoding) -> None:
-        self.place = place
+    def __init__(self, folder: StoreFolder, encoding: Encoding) -> None:
+        self.folder = folder
         self.encoding = encoding
 
     @classmethod
@@ -193,15 +193,15 @@ class LatentStore:
             StoreError: nothing is there, it is no latent store, or a newer revq wrote it.
             OutputError: the object store cannot be reached.
         """
-        place = open_place(path)
-        if not place.exists():
+        folder = open_folder(path)
+        if not folder.exists():
             raise StoreError(f"latent store {path} does not exist; make it with: revq encode-latents IMAGES {path}")
-        return cls(place, Encoding.from_attributes(store_attributes(place)))
+        return cls(folder, Encoding.from_attributes(store_attributes(folder)))
 
     @property
     def path(self) -> str:
         """Path or URL."""
-        return self.place.name
+        return self.folder.name
 
     @property
     def fingerprint(self) -> str:
@@ -211,7 +211,7 @@ class LatentStore:
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the complete splits, sorted."""
-        return tuple(name for name, attributes in split_attributes(self.place).items() if attributes["complete"])
+        return tuple(name for name, attributes in split_attributes(self.folder).items() if attributes["complete"])
 
     def __contains__(self, name: object) -> bool:
         return name in self.splits
@@ -222,52 +222,52 @@ class LatentStore:
         Raises:
             StoreError: there is no such split, or its encoding has not finished.
         """
-        found = split_attributes(self.place)
+        found = split_attributes(self.folder)
         if name not in found:
             there = ", ".join(self.splits) or "no complete one"
             raise StoreError(f'latent store {self.path} has no split "{name}" (there: {there}); add it with encode-latents --split {name}')
         if not found[name]["complete"]:
             raise StoreError(f'split "{name}" of {self.path} is not finished; give the same encode-latents command again to finish it')
-        return LatentSplit(self.place, name, self.encoding, found[name])
+        return LatentSplit(self.folder, name, self.encoding, found[name])
 
 
-def is_store(path: str | Path | Place) -> bool:
+def is_store(path: str | Path | StoreFolder) -> bool:
     """Whether a latent store is at `path`, of any version."""
-    return (_parse_group(open_place(path).read("zarr.json")) or {}).get("kind") == STORE_KIND
+    return (_parse_group(open_folder(path).read("zarr.json")) or {}).get("kind") == STORE_KIND
 
 
-def store_attributes(place: Place) -> dict[str, Any]:
-    """The checked attributes of the store at `place`.
+def store_attributes(folder: StoreFolder) -> dict[str, Any]:
+    """The checked attributes of the store at `folder`.
 
     Raises:
         StoreError: it is no latent store, is damaged, or is one that this version cannot read.
     """
-    attributes = _parse_group(place.read("zarr.json"))
+    attributes = _parse_group(folder.read("zarr.json"))
     if not attributes or attributes.get("kind") != STORE_KIND:
-        raise StoreError(f"{place.name} is no latent store (a Zarr group of kind {STORE_KIND}); give the STORE folder that encode-latents wrote")
+        raise StoreError(f"{folder.name} is no latent store (a Zarr group of kind {STORE_KIND}); give the STORE folder that encode-latents wrote")
     version = attributes.get("format_version")
     if version != FORMAT_VERSION:
-        raise StoreError(f"latent store {place.name} has format version {version}, this revq reads {FORMAT_VERSION}; upgrade revq, or encode again")
+        raise StoreError(f"latent store {folder.name} has format version {version}, this revq reads {FORMAT_VERSION}; upgrade revq, or encode again")
     if not is_sealed(attributes):
-        raise StoreError(f"latent store {place.name} is damaged: the attributes in its zarr.json do not fit their checksum; encode again")
+        raise StoreError(f"latent store {folder.name} is damaged: the attributes in its zarr.json do not fit their checksum; encode again")
     return attributes
 
 
-def split_attributes(place: Place, *, but: str | None = None) -> dict[str, dict[str, Any]]:
-    """Attributes of every split of the store at `place`, complete or not, by sorted name; `but` one that is to be replaced, damaged or not.
+def split_attributes(folder: StoreFolder, *, but: str | None = None) -> dict[str, dict[str, Any]]:
+    """Attributes of every split of the store at `folder`, complete or not, by sorted name; `but` one that is to be replaced, damaged or not.
 
     Raises:
         StoreError: a split's attributes are damaged.
     """
     found = {}
-    for name in place.children():
-        data = None if name in RESERVED_NAMES or name == but else place.read(f"{name}/zarr.json")
+    for name in folder.children():
+        data = None if name in RESERVED_NAMES or name == but else folder.read(f"{name}/zarr.json")
         if data is None:
             continue
         attributes = _parse_group(data)
         if attributes is None or (not is_sealed(attributes) and ("sha256" in attributes or attributes.get("kind") == SPLIT_KIND)):
             mend = f"encode it again with --split {name} --overwrite"
-            raise StoreError(f'split "{name}" of {place.name} is damaged: {name}/zarr.json does not fit its checksum; {mend}')
+            raise StoreError(f'split "{name}" of {folder.name} is damaged: {name}/zarr.json does not fit its checksum; {mend}')
         if attributes.get("kind") == SPLIT_KIND:
             found[name] = attributes
     return found

@@ -4,7 +4,7 @@ A shard (one file of `latents`) is written whole and only once: a partial shard 
 go its part of the manifest and its sums; the done-marker with their checksums is the last file written. A new run redoes the shards
 whose marker is missing or does not fit; the statistics are sums merged in shard order, so that they come out the same to the bit.
 
-Zarr encodes every file in memory and a `Place` writes it, so that a store in an object store is written by the very same code.
+Zarr encodes every file in memory and a `StoreFolder` writes it, so that a store in an object store is written by the very same code.
 Several ranks may write one split: a shard belongs to the rank of its number modulo their count, rank 0 creates and finishes.
 
 Shapes: N rows; C,H,W latent channels, rows, columns.
@@ -33,8 +33,8 @@ from zarr.storage import MemoryStore
 from ..errors import ConfigError, MismatchError, OutputError, StoreError
 from ..files import is_sealed, json_bytes, parse_json, seal
 from .manifest import OK, ManifestRow, encode_part, first_failure, merge_parts
-from .places import Place, open_place, remove_if_empty
 from .store import FORMAT_VERSION, RESERVED_NAMES, SPLIT_KIND, STORE_KIND, Encoding, is_store, manifest_key, split_attributes, store_attributes
+from .store_folder import StoreFolder, open_folder, remove_if_empty
 
 _CHUNK_BYTES = 2 << 20
 _SHARD_BYTES = 32 << 20
@@ -94,7 +94,7 @@ def shard_layout(rows: int, views: int, row_bytes: int, *, batch_size: int = 1, 
     return chunk_rows, _round_up(max(1, shard_rows), chunk_rows)
 
 
-def target_state(path: str | Path | Place, encoding: Encoding, plan: SplitPlan, *, overwrite: bool = False) -> State:
+def target_state(path: str | Path | StoreFolder, encoding: Encoding, plan: SplitPlan, *, overwrite: bool = False) -> State:
     """Whether the split is new, half made by the same run, or complete. Writes nothing.
 
     Raises:
@@ -102,16 +102,16 @@ def target_state(path: str | Path | Place, encoding: Encoding, plan: SplitPlan, 
         StoreError: it is damaged, or a store of another format version.
         MismatchError: its latents come from another encoding, or the split from another run (and `overwrite` is off).
     """
-    place = open_place(path)
-    check_target(place)
-    if not is_store(place):
+    folder = open_folder(path)
+    check_target(folder)
+    if not is_store(folder):
         return "new"
-    there = Encoding.from_attributes(store_attributes(place))
-    splits = split_attributes(place, but=plan.name if overwrite else None)
+    there = Encoding.from_attributes(store_attributes(folder))
+    splits = split_attributes(folder, but=plan.name if overwrite else None)
     differences = there.differences(encoding)
     if splits and differences:
         raise MismatchError(
-            f"latent store {place.name} has encoding {there.fingerprint}, this run has {encoding.fingerprint} ({differences}); "
+            f"latent store {folder.name} has encoding {there.fingerprint}, this run has {encoding.fingerprint} ({differences}); "
             f"choose another store, or the settings of this one"
         )
     if plan.name not in splits:
@@ -119,55 +119,56 @@ def target_state(path: str | Path | Place, encoding: Encoding, plan: SplitPlan, 
     found = splits[plan.name]
     changed = [f"{name}: {found.get(name)} there, {value} asked" for name, value in _identity(plan).items() if found.get(name) != value]
     if changed:
+        differing = "; ".join(changed[:3])
         raise MismatchError(
-            f'split "{plan.name}" of {place.name} was made by another run ({"; ".join(changed[:3])}); choose another --split, or --overwrite this one'
+            f'split "{plan.name}" of {folder.name} was made by another run ({differing}); choose another --split, or --overwrite this one'
         )
     return "complete" if found["complete"] else "resume"
 
 
-def check_target(path: str | Path | Place) -> None:
+def check_target(path: str | Path | StoreFolder) -> None:
     """Raises OutputError where `path` is a file or a folder that holds anything but a latent store."""
-    place = open_place(path)
-    if place.is_file():
-        raise OutputError(f"the store must be a folder, but {place.name} is a file; choose another path")
-    entries = place.children()
-    if entries and not is_store(place):
+    folder = open_folder(path)
+    if folder.is_file():
+        raise OutputError(f"the store must be a folder, but {folder.name} is a file; choose another path")
+    entries = folder.children()
+    if entries and not is_store(folder):
         found = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
-        raise OutputError(f"{place.name} holds something else than a latent store ({found}); choose a new or empty folder")
+        raise OutputError(f"{folder.name} holds something else than a latent store ({found}); choose a new or empty folder")
 
 
-def remove_progress(path: str | Path | Place, split: str) -> None:
+def remove_progress(path: str | Path | StoreFolder, split: str) -> None:
     """Remove what a complete split no longer needs; a killed process may have left it."""
-    place = open_place(path)
-    place.remove(f"progress/{split}")
-    remove_if_empty(place, "progress")  # another split may be in the making
+    folder = open_folder(path)
+    folder.remove(f"progress/{split}")
+    remove_if_empty(folder, "progress")  # another split may be in the making
 
 
 class SplitWriter:
     """Writes the shards of one split in any order, each whole; `finish` makes it readable."""
 
     def __init__(
-        self, path: str | Path | Place, encoding: Encoding, plan: SplitPlan, *, overwrite: bool = False, rank: int = 0, ranks: int = 1
+        self, path: str | Path | StoreFolder, encoding: Encoding, plan: SplitPlan, *, overwrite: bool = False, rank: int = 0, ranks: int = 1
     ) -> None:
-        """Create the split, or take up the one that the same run has begun. Whoever writes should hold the place's lock.
+        """Create the split, or take up the one that the same run has begun. Whoever writes should hold the folder's lock.
 
         Args:
             rank, ranks: this process's number among those that write the split together. Rank 0 comes first; the others find it created.
 
         Raises:
-            OutputError, StoreError, MismatchError: see `target_state` and `Place`.
+            OutputError, StoreError, MismatchError: see `target_state` and `StoreFolder`.
         """
-        self._place = open_place(path)
-        state = target_state(self._place, encoding, plan, overwrite=overwrite and rank == 0)
+        self._folder = open_folder(path)
+        state = target_state(self._folder, encoding, plan, overwrite=overwrite and rank == 0)
         if state != "new":
-            found = split_attributes(self._place)[plan.name]
+            found = split_attributes(self._folder)[plan.name]
             plan = replace(plan, chunk_rows=found["chunk_rows"], shard_rows=found["shard_rows"])
         self.encoding, self.plan = encoding, plan
         if rank == 0:
-            self._place.sweep()
+            self._folder.sweep()
             if state == "new":
                 self._remove_split()
-            if state == "new" or self._place.read(f"{plan.name}/latents/zarr.json") is None:
+            if state == "new" or self._folder.read(f"{plan.name}/latents/zarr.json") is None:
                 self._create()
         starts = range(0, plan.rows, plan.shard_rows)
         self.shards = [Shard(index, start, min(start + plan.shard_rows, plan.rows)) for index, start in enumerate(starts)]
@@ -202,24 +203,24 @@ class SplitWriter:
         assert len(rows) == len(shard)
         ok = np.array([row.status == OK for row in rows])
         if shard in self.damaged:
-            self._place.remove(self._marker(shard))
+            self._folder.remove(self._marker(shard))
         files = {
             self._shard_key(shard): self._encode_shard(shard, latents),
             self._part(shard, "parquet"): encode_part(rows),
             self._part(shard, "npy"): _npy(_sums(latents[ok])),
         }
         for key, data in files.items():
-            self._place.write(key, data)
+            self._folder.write(key, data)
         counts = {"start": shard.start, "stop": shard.stop, "ok": int(ok.sum()), "failed": int((~ok).sum())}
         marker = seal({**counts, "files_sha256": {key: _sha256(data) for key, data in files.items()}})
-        self._place.write(self._marker(shard), json_bytes(marker))
+        self._folder.write(self._marker(shard), json_bytes(marker))
 
     def first_failure(self) -> tuple[str, str] | None:
         """(key, reason) of the first failed image in the finished shards; None where there is none."""
         for shard in self.shards:
             marker = self._read_marker(shard)
             if marker and marker["failed"]:
-                return first_failure(self._place.read(self._part(shard, "parquet")) or b"")
+                return first_failure(self._folder.read(self._part(shard, "parquet")) or b"")
         return None
 
     def finish(self) -> Mapping[str, Any]:
@@ -233,7 +234,7 @@ class SplitWriter:
         missing = [shard.index for shard, marker in zip(self.shards, markers, strict=True) if marker is None]
         if missing:
             raise StoreError(
-                f"{len(missing)} shards of {self._place.name} (first: number {missing[0]}) are not finished; give the same command again"
+                f"{len(missing)} shards of {self._folder.name} (first: number {missing[0]}) are not finished; give the same command again"
             )
         done = [marker for marker in markers if marker is not None]
         ok_rows = sum(marker["ok"] for marker in done)
@@ -250,14 +251,14 @@ class SplitWriter:
         failed = sum(marker["failed"] for marker in done) // self.plan.views
         shard_sha256 = [marker["files_sha256"][self._shard_key(shard)] for shard, marker in zip(self.shards, done, strict=True)]
         attributes = self._write_attributes(complete=True, failed=failed, shard_sha256=shard_sha256)
-        remove_progress(self._place, self.plan.name)
+        remove_progress(self._folder, self.plan.name)
         return attributes
 
     def _write_manifest(self, markers: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
         """The manifest of the whole split; returns its columns that become arrays."""
         parts = (self._read_checked(self._part(shard, "parquet"), marker) for shard, marker in zip(self.shards, markers, strict=True))
         labels, oks = [], []
-        with self._place.creating(manifest_key(self.plan.name)) as file:
+        with self._folder.creating(manifest_key(self.plan.name)) as file:
             for table in merge_parts(file, parts):
                 labels.append(np.asarray(table["label"], np.int32))
                 oks.append(np.asarray(pc.equal(table["status"], OK)))
@@ -266,10 +267,10 @@ class SplitWriter:
     def _create(self) -> None:
         """The groups and the empty array of latents, each file whole; the split's own zarr.json comes last but one, before its array."""
         kind = {"kind": STORE_KIND, "format_version": FORMAT_VERSION, "fingerprint": self.encoding.fingerprint}
-        if not (is_store(self._place) and split_attributes(self._place)):
+        if not (is_store(self._folder) and split_attributes(self._folder)):
             self._write_group("zarr.json", {**kind, **self.encoding.attributes()})
         self._write_attributes(complete=False, failed=0, shard_sha256=[])
-        self._place.write(f"{self.plan.name}/latents/zarr.json", self._latent_files()["zarr.json"].to_bytes())
+        self._folder.write(f"{self.plan.name}/latents/zarr.json", self._latent_files()["zarr.json"].to_bytes())
 
     def _latent_files(self, shard: Shard | None = None, latents: NDArray[Any] | None = None) -> dict[str, Any]:
         """The files that Zarr makes of the array of latents when one shard is written to it, in memory, by key; None: the empty array's."""
@@ -295,7 +296,7 @@ class SplitWriter:
     def _write_attributes(self, *, complete: bool, failed: int, shard_sha256: list[str]) -> dict[str, Any]:
         plan = asdict(self.plan)
         name = plan.pop("name")
-        versions = (split_attributes(self._place).get(name) or {}).get("package_versions") or _package_versions()
+        versions = (split_attributes(self._folder).get(name) or {}).get("package_versions") or _package_versions()
         attributes = {"kind": SPLIT_KIND, **plan, "rows": self.plan.rows, "package_versions": versions}
         files = self._files_sha256() if complete else {}
         attributes |= {"complete": complete, "failed": failed, "shard_sha256": shard_sha256, "files_sha256": files}
@@ -304,13 +305,13 @@ class SplitWriter:
     def _files_sha256(self) -> dict[str, str]:
         """Of every file of the split but its shards and its attributes."""
         name = self.plan.name
-        keys = [key for key in self._place.sizes(name) if not key.startswith(f"{name}/latents/c/") and key != f"{name}/zarr.json"]
-        return {key: hashlib.sha256(self._place.read(key) or b"").hexdigest() for key in [*keys, manifest_key(name)]}
+        keys = [key for key in self._folder.sizes(name) if not key.startswith(f"{name}/latents/c/") and key != f"{name}/zarr.json"]
+        return {key: hashlib.sha256(self._folder.read(key) or b"").hexdigest() for key in [*keys, manifest_key(name)]}
 
     def _write_group(self, key: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
         """A Zarr v3 group is this one file; written by ourselves because it must be replaced whole."""
         sealed = seal(attributes)
-        self._place.write(key, json_bytes({"attributes": sealed, "zarr_format": 3, "node_type": "group"}))
+        self._folder.write(key, json_bytes({"attributes": sealed, "zarr_format": 3, "node_type": "group"}))
         return sealed
 
     def _write_array(self, name: str, values: NDArray[Any]) -> None:
@@ -318,15 +319,15 @@ class SplitWriter:
         files: dict[str, Any] = {}
         compressors = [ZstdCodec(level=1), Crc32cCodec()]
         zarr.create_array(MemoryStore(store_dict=files), data=values, chunks=values.shape, compressors=compressors, fill_value=0)
-        self._place.remove(f"{self.plan.name}/{name}")
+        self._folder.remove(f"{self.plan.name}/{name}")
         for key, data in files.items():
-            self._place.write(f"{self.plan.name}/{name}/{key}", data.to_bytes())
+            self._folder.write(f"{self.plan.name}/{name}/{key}", data.to_bytes())
 
     def _remove_split(self) -> None:
         """Its attributes go first, so that a half removed split is never taken for one that is complete."""
         name = self.plan.name
         for key in (f"{name}/zarr.json", manifest_key(name), name, f"progress/{name}"):
-            self._place.remove(key)
+            self._folder.remove(key)
 
     def _find_todo(self) -> list[Shard]:
         """Own shards without a marker, or whose files do not fit it; the latter are noted as damage."""
@@ -336,25 +337,25 @@ class SplitWriter:
         return [shard for shard, state in zip(self.own, states, strict=True) if state != "done"]
 
     def _state_of(self, shard: Shard) -> Literal["done", "damaged", "missing"]:
-        data = self._place.read(self._marker(shard))
+        data = self._folder.read(self._marker(shard))
         if data is None:
             return "missing"
         marker = self._read_marker(shard)
         if marker is None:
             return "damaged"
-        found = {key: _sha256(self._place.read(key)) for key in marker["files_sha256"]}
+        found = {key: _sha256(self._folder.read(key)) for key in marker["files_sha256"]}
         return "done" if found == marker["files_sha256"] else "damaged"
 
     def _read_marker(self, shard: Shard) -> dict[str, Any] | None:
         """None where there is none, or it is damaged."""
-        marker = parse_json(self._place.read(self._marker(shard)))
+        marker = parse_json(self._folder.read(self._marker(shard)))
         return marker if marker is not None and is_sealed(marker) else None
 
     def _read_checked(self, key: str, marker: Mapping[str, Any]) -> bytes:
         """A file that a marker vouches for."""
-        data = self._place.read(key)
+        data = self._folder.read(key)
         if data is None or _sha256(data) != marker["files_sha256"][key]:
-            raise StoreError(f"{key} of {self._place.name} was damaged after it was written; give the same command again to redo it")
+            raise StoreError(f"{key} of {self._folder.name} was damaged after it was written; give the same command again to redo it")
         return data
 
     def _shard_key(self, shard: Shard) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..cache.places import local_root, open_place
 from ..cache.store import is_store
+from ..cache.store_folder import local_root, open_folder
 from ..errors import CodebookError, RevqError, TokenizerError
 from ..files import output_kind, read_json
 from ..stages.events import Event, Result
@@ -23,7 +23,7 @@ def info(path: str, *, verify: bool = False) -> Iterator[Event]:
     Raises:
         RevqError: nothing is there, it is nothing of revq's, or (with `verify`) it is damaged.
     """
-    if not open_place(path).exists():
+    if not open_folder(path).exists():
         raise RevqError(f"{path} does not exist; give the path of {_KINDS}")
     value = describe(path)
     if verify:
@@ -38,10 +38,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         RevqError: it is nothing of revq's.
     """
-    place = open_place(path)
-    if is_store(place):
-        return describe_store(place)
-    folder = local_root(place)
+    if is_store(path):
+        return describe_store(open_folder(path))
+    folder = local_root(open_folder(path))
     kind = output_kind(folder) if folder else None
     describers = {
         "revq-codebooks": _describe_codebooks,
@@ -108,7 +107,7 @@ def _bytes_under(path: Path) -> int:
 def _verify(location: str | Path, kind: str) -> Iterator[Event]:
     """Read everything of revq's at `location` again; raises the part's own error at the first fault."""
     if kind == "revq-latents":
-        yield from verify_store(open_place(location))
+        yield from verify_store(open_folder(location))
         return
     path = Path(location).expanduser()
     if kind == "revq-codebooks":

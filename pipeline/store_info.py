@@ -14,23 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.manifest import failures_by_reason
-from ..cache.places import Place
 from ..cache.store import LatentSplit, LatentStore, split_attributes
+from ..cache.store_folder import StoreFolder
 from ..errors import StoreError
 from ..stages.events import Advance, Begin, Event, Note
 
 
-def describe_store(place: Place) -> dict[str, Any]:
+def describe_store(folder: StoreFolder) -> dict[str, Any]:
     """JSON values: the encoding, and for each split its counts, sizes and failures by reason.
 
     Raises:
         StoreError: it is no latent store, or damaged.
     """
-    store = LatentStore(place, LatentStore.open(place.name).encoding)
+    store = LatentStore(folder, LatentStore.open(folder.name).encoding)
     encoding = store.encoding
-    splits = {name: _describe_split(store, name, attributes) for name, attributes in split_attributes(place).items()}
+    splits = {name: _describe_split(store, name, attributes) for name, attributes in split_attributes(folder).items()}
     return {
-        "path": place.name,
+        "path": folder.name,
         "kind": "revq-latents",
         "fingerprint": store.fingerprint,
         "latent_shape": list(encoding.latent_shape),
@@ -40,32 +40,32 @@ def describe_store(place: Place) -> dict[str, Any]:
         "crop": encoding.crop,
         "vae": encoding.vae["id"],
         "vae_fingerprint": encoding.vae["fingerprint"],
-        "bytes": sum(place.sizes().values()),
+        "bytes": sum(folder.sizes().values()),
         "splits": splits,
     }
 
 
 def _describe_split(store: LatentStore, name: str, attributes: dict[str, Any]) -> dict[str, Any]:
-    sizes = store.place.sizes(name)
+    sizes = store.folder.sizes(name)
     stored = sum(size for key, size in sizes.items() if key.startswith(f"{name}/latents/c/"))
     raw = attributes["rows"] * math.prod(store.encoding.latent_shape) * np.dtype(store.encoding.dtype).itemsize
     part = {field: attributes[field] for field in ("images", "views", "rows", "failed", "seed", "source")}
     shards = math.ceil(attributes["rows"] / attributes["shard_rows"])
     if not attributes["complete"]:
-        markers = sum(key.endswith(".json") for key in store.place.children(f"progress/{name}"))
+        markers = sum(key.endswith(".json") for key in store.folder.children(f"progress/{name}"))
         return {**part, "bytes": sum(sizes.values()), "compression": None, "state": f"{markers} of {shards} shards", "failures": {}}
     failures = failures_by_reason(store[name].manifest()) if attributes["failed"] else {}
     return {**part, "bytes": sum(sizes.values()), "compression": round(raw / max(stored, 1), 3), "state": "complete", "failures": failures}
 
 
-def verify_store(place: Place) -> Iterator[Event]:
+def verify_store(folder: StoreFolder) -> Iterator[Event]:
     """Read everything again; the first fault ends it.
 
     Raises:
         StoreError: a file is missing or is not what was written, or a value is not what it must be.
     """
-    store = LatentStore.open(place.name)
-    for name, attributes in split_attributes(place).items():
+    store = LatentStore.open(folder.name)
+    for name, attributes in split_attributes(folder).items():
         if not attributes["complete"]:
             yield Note(text=f'split "{name}" is not finished; give the same encode-latents command again to finish it', warning=True)
             continue
@@ -96,7 +96,7 @@ def _verify_split(store: LatentStore, split: LatentSplit) -> Generator[Event, No
 def _check_shard_file(store: LatentStore, split: LatentSplit, shard: int, where: str) -> None:
     """The SHA-256 that was taken when the shard was written."""
     key = f"{split.name}/latents/{split.latents.metadata.encode_chunk_key((shard, 0, 0, 0))}"
-    data = store.place.read(key)
+    data = store.folder.read(key)
     if data is None or hashlib.sha256(data).hexdigest() != split.attributes["shard_sha256"][shard]:
         raise StoreError(f"{where} is damaged: {key} is {'missing' if data is None else 'not what was written'}; {_again(split)}")
 

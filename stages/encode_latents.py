@@ -29,9 +29,9 @@ from torch import Tensor
 
 from ..cache.images import Pixels, UnreadableImage, View, load_views, read_ahead
 from ..cache.manifest import FAILED, OK, ManifestRow, first_failure
-from ..cache.places import Place, open_place
 from ..cache.sources import ImageSource, open_source, order_sha256
 from ..cache.store import Encoding, LatentStore, manifest_key
+from ..cache.store_folder import StoreFolder, open_folder
 from ..cache.writer import Shard, SplitPlan, SplitWriter, check_split_name, check_target, remove_progress, shard_layout, target_state
 from ..errors import ConfigError, ImageError, StoreError
 from ..models.device import pick_device
@@ -94,7 +94,7 @@ class _Job:
     """What the whole run shares."""
 
     config: EncodeLatentsConfig
-    place: Place
+    folder: StoreFolder
     source: ImageSource
     vae: FrozenVAE
     encoding: Encoding
@@ -136,11 +136,11 @@ def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
         MismatchError: the store or the split belongs to another encoding or run.
         OutputError: the store's path holds something else, cannot be written, or is being written by another process.
     """
-    place = open_place(config.store)
-    check_target(place)
+    folder = open_folder(config.store)
+    check_target(folder)
     source = open_source(config.images)
-    job = _prepare(config, place, source)
-    state = target_state(place, job.encoding, job.plan, overwrite=config.overwrite)
+    job = _prepare(config, folder, source)
+    state = target_state(folder, job.encoding, job.plan, overwrite=config.overwrite)
     if config.dry_run:
         shape, megabytes = "x".join(map(str, job.encoding.latent_shape)), _latent_bytes(job) / 1e6
         yield Note(text=f"dry run, nothing is written: {job.plan.rows} rows of {shape} {config.dtype} would take {megabytes:.1f} MB uncompressed")
@@ -149,7 +149,7 @@ def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
     if state == "complete":
         yield from _tell_complete(job)
         return
-    with place.locked(f"encode-latents --split {config.split}") if ranks.rank() == 0 else nullcontext():
+    with folder.locked(f"encode-latents --split {config.split}") if ranks.rank() == 0 else nullcontext():
         value = yield from _encode_split(job)
     yield Result(value=value)
 
@@ -159,7 +159,7 @@ def _encode_split(job: _Job) -> Generator[Event, None, dict[str, Any]]:
     config, rank = job.config, ranks.rank()
     if rank > 0:
         ranks.barrier()  # rank 0 creates it
-    writer = SplitWriter(job.place, job.encoding, job.plan, overwrite=config.overwrite, rank=rank, ranks=ranks.world_size())
+    writer = SplitWriter(job.folder, job.encoding, job.plan, overwrite=config.overwrite, rank=rank, ranks=ranks.world_size())
     if rank == 0:
         ranks.barrier()
     yield from _notes_on_resume(config, writer)
@@ -176,7 +176,7 @@ def _encode_split(job: _Job) -> Generator[Event, None, dict[str, Any]]:
     return _result(job, failed=attributes["failed"], images_per_s=images_per_s, already_complete=False)
 
 
-def _prepare(config: EncodeLatentsConfig, place: Place, source: ImageSource) -> _Job:
+def _prepare(config: EncodeLatentsConfig, folder: StoreFolder, source: ImageSource) -> _Job:
     """Load the VAE and settle every number that shapes the split."""
     vae = FrozenVAE.load(config.vae, device=pick_device(config.device))
     encoding = Encoding(vae=vae.identity(), image_size=config.image_size, latent_shape=vae.latent_shape(config.image_size), dtype=config.dtype)
@@ -194,7 +194,7 @@ def _prepare(config: EncodeLatentsConfig, place: Place, source: ImageSource) -> 
         chunk_rows=chunk_rows,
         shard_rows=shard_rows,
     )
-    return _Job(config, place, source, vae, encoding, plan)
+    return _Job(config, folder, source, vae, encoding, plan)
 
 
 def _encode_shards(job: _Job, writer: SplitWriter, progress: _Progress) -> Iterator[Event]:
@@ -322,10 +322,10 @@ def _notes_on_resume(config: EncodeLatentsConfig, writer: SplitWriter) -> Iterat
 def _tell_complete(job: _Job) -> Iterator[Event]:
     config = job.config
     if ranks.rank() == 0:
-        remove_progress(job.place, config.split)
-    split = LatentStore(job.place, job.encoding)[config.split]
+        remove_progress(job.folder, config.split)
+    split = LatentStore(job.folder, job.encoding)[config.split]
     _refuse_failure(config, first_failure(split.read_file(manifest_key(config.split))) if config.strict and split.failed else None)
-    yield Note(text=f'split "{config.split}" of {job.place.name} is complete already; --overwrite encodes it again')
+    yield Note(text=f'split "{config.split}" of {job.folder.name} is complete already; --overwrite encodes it again')
     yield Result(value=_result(job, failed=split.failed, images_per_s=None, already_complete=True))
 
 
@@ -338,9 +338,9 @@ def _refuse_failure(config: EncodeLatentsConfig, failure: tuple[str, str] | None
 
 def _result(job: _Job, *, failed: int, images_per_s: float | None, already_complete: bool) -> dict[str, Any]:
     """The result's value; bytes are those on disk, or in a dry run those of the uncompressed latents."""
-    sizes = {} if job.config.dry_run else job.place.sizes(job.config.split)
+    sizes = {} if job.config.dry_run else job.folder.sizes(job.config.split)
     return {
-        "store": job.place.name,
+        "store": job.folder.name,
         "split": job.config.split,
         "rows": job.plan.rows,
         "images": job.plan.images,

@@ -17,8 +17,8 @@ import pytest
 from numpy.typing import NDArray
 from test_store import ENCODING, PLAN, latents_of, manifest_of, write
 
-from revq.cache.places import LocalPlace
 from revq.cache.store import LatentStore
+from revq.cache.store_folder import LocalFolder
 from revq.cache.writer import Shard, SplitWriter
 from revq.errors import StoreError
 from revq.pipeline.store_info import verify_store
@@ -57,7 +57,7 @@ def read_everything(store: Path) -> list[np.ndarray]:
 
 
 def verify(store: Path) -> None:
-    for _ in verify_store(LocalPlace(store)):
+    for _ in verify_store(LocalFolder(store)):
         pass
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from revq.cache import lock
 from revq.cache.lock import lease, lock_file
-from revq.cache.places import open_place
+from revq.cache.store_folder import open_folder
 from revq.errors import OutputError
 from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
 from revq.stages.events import Begin, run_quietly
@@ -22,8 +22,8 @@ from revq.stages.events import Begin, run_quietly
 HOLDER = """
 import sys, time
 from pathlib import Path
-from revq.cache.places import open_place
-with open_place(sys.argv[1]).locked("a long encoding"):
+from revq.cache.store_folder import open_folder
+with open_folder(sys.argv[1]).locked("a long encoding"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -31,12 +31,12 @@ with open_place(sys.argv[1]).locked("a long encoding"):
 
 @pytest.fixture(params=["local", "remote"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A place with the lock of a local folder, and one with the lease of an object store (fsspec's own local file system)."""
+    """A folder with the lock of a local folder, and one with the lease of an object store (fsspec's own local file system)."""
     return str(tmp_path / "s") if request.param == "local" else f"local://{tmp_path / 's'}"
 
 
 def hold(folder: str) -> subprocess.Popen[str]:
-    """Another process that holds the place."""
+    """Another process that holds the folder."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
@@ -47,17 +47,17 @@ def test_the_second_writer_is_refused_and_told_who_holds_the_place_until_that_on
     process = hold(folder)
     try:
         who = rf"is being written by another process: process {process.pid} of \S+ on {socket.gethostname()}, since .* \(a long encoding\)"
-        with pytest.raises(OutputError, match=who), open_place(folder).locked("second"):
+        with pytest.raises(OutputError, match=who), open_folder(folder).locked("second"):
             pass
     finally:
         process.kill()
         process.communicate()
-    with open_place(folder).locked("third"):
-        assert open_place(folder).children() == []  # the lock itself is not content
+    with open_folder(folder).locked("third"):
+        assert open_folder(folder).children() == []  # the lock itself is not content
 
 
 def test_a_lock_leaves_nothing_behind(folder: str, tmp_path: Path) -> None:
-    with open_place(folder).locked("first"):
+    with open_folder(folder).locked("first"):
         assert [path.name for path in (tmp_path / "s").iterdir()] == ["writer.lock"]
     assert list((tmp_path / "s").iterdir()) == []
 

@@ -16,8 +16,8 @@ import pytest
 from test_store import ENCODING, PLAN, contents, latents_of, write
 
 from revq.cache.batches import ResidentLatents
-from revq.cache.places import RemotePlace, open_place
 from revq.cache.store import LatentStore
+from revq.cache.store_folder import RemoteFolder, open_folder
 from revq.cache.writer import SplitWriter
 from revq.errors import OutputError, StoreError
 
@@ -65,8 +65,8 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def files_of(url: str) -> dict[str, bytes]:
-    place = open_place(url)
-    return {key: place.read(key) or b"" for key in place.sizes()}
+    folder = open_folder(url)
+    return {key: folder.read(key) or b"" for key in folder.sizes()}
 
 
 def test_a_store_in_a_bucket_has_the_very_bytes_of_a_local_one(bucket: str, tmp_path: Path) -> None:
@@ -81,9 +81,9 @@ def test_a_store_in_a_bucket_has_the_very_bytes_of_a_local_one(bucket: str, tmp_
 
 def test_a_copy_of_it_on_disk_opens_and_the_other_way_round(bucket: str, tmp_path: Path) -> None:
     write(tmp_path / "local")
-    place = open_place(f"{bucket}/copy")
+    folder = open_folder(f"{bucket}/copy")
     for key, data in contents(tmp_path / "local").items():
-        place.write(key, data)
+        folder.write(key, data)
     split = LatentStore.open(f"{bucket}/copy")["train"]
     np.testing.assert_array_equal(np.asarray(split.latents[:]), latents_of(PLAN))
 
@@ -93,10 +93,10 @@ def test_a_half_written_store_resumes_and_finds_what_was_damaged(bucket: str, tm
     write(f"{bucket}/s", shards=[0, 1, 3])
     with pytest.raises(StoreError, match="is not finished"):
         LatentStore.open(f"{bucket}/s")["train"]
-    place = open_place(f"{bucket}/s")
-    damaged = bytearray(place.read("train/latents/c/1/0/0/0") or b"")
+    folder = open_folder(f"{bucket}/s")
+    damaged = bytearray(folder.read("train/latents/c/1/0/0/0") or b"")
     damaged[len(damaged) // 2] ^= 1
-    place.write("train/latents/c/1/0/0/0", bytes(damaged))
+    folder.write("train/latents/c/1/0/0/0", bytes(damaged))
     writer = SplitWriter(f"{bucket}/s", ENCODING, PLAN)
     assert [shard.index for shard in writer.damaged] == [1]
     assert [shard.index for shard in writer.todo] == [1, 2]
@@ -109,10 +109,10 @@ def test_an_encoding_killed_half_way_is_finished_by_the_same_command_and_read_by
 ) -> None:
     settings = ["--vae", taef2, "--image-size", "64", "--limit", "40", "--shard-rows", "4", "--batch-size", "4", "--workers", "1", "--device", "cpu"]
     work = ["encode-latents", str(imagenet_sample / "val"), f"{bucket}/s", *settings]
-    place = open_place(f"{bucket}/s")
+    folder = open_folder(f"{bucket}/s")
     with subprocess.Popen([sys.executable, "-m", "revq", *work], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
-        while sum(key.endswith(".json") for key in place.children("progress/train")) < 2:
+        while sum(key.endswith(".json") for key in folder.children("progress/train")) < 2:
             assert process.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -128,7 +128,7 @@ def test_an_encoding_killed_half_way_is_finished_by_the_same_command_and_read_by
 
 def test_a_bucket_that_is_not_there_and_a_protocol_that_nobody_knows_are_one_line_errors(bucket: str) -> None:
     with pytest.raises(OutputError, match=r"s3://nowhere/s cannot be reached or written .*credentials"):
-        RemotePlace("s3://nowhere/s").write("zarr.json", b"{}")
+        RemoteFolder("s3://nowhere/s").write("zarr.json", b"{}")
     with pytest.raises(StoreError, match="does not exist"):
         LatentStore.open("s3://latents/nothing")
     with pytest.raises(StoreError, match=r"nfs4://x/y cannot be opened"):

@@ -1,6 +1,6 @@
 """Where a latent store lies: a local folder, or a folder of an object store behind an fsspec URL (s3://bucket/latents.zarr).
 
-Both give the same few operations on files named by a key, a path below the place with forward slashes. A file is written whole or not at
+Both give the same few operations on files named by a key, a path below it with forward slashes. A file is written whole or not at
 all: locally by temporary file, flush and rename; in an object store one upload either makes the object or does not.
 """
 
@@ -30,7 +30,7 @@ _LOCK = "writer.lock"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Place(ABC):
+class StoreFolder(ABC):
     """A folder of files, local or remote."""
 
     name: str
@@ -78,10 +78,10 @@ class Place(ABC):
 
     @abstractmethod
     def locked(self, purpose: str) -> AbstractContextManager[None]:
-        """Hold the place for writing as long as the block runs; `purpose` is told to whoever comes second. Raises OutputError where it is held."""
+        """Hold the folder for writing as long as the block runs; `purpose` is told to whoever comes second. Raises OutputError where it is held."""
 
 
-class LocalPlace(Place):
+class LocalFolder(StoreFolder):
     """A folder of a local or mounted file system."""
 
     def __init__(self, root: Path) -> None:
@@ -145,7 +145,7 @@ def _told(method: F) -> F:
     """Errors of an object store, of which every library has its own, as one line with the address."""
 
     @wraps(method)
-    def wrapped(self: RemotePlace, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: RemoteFolder, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except Exception as error:
@@ -154,7 +154,7 @@ def _told(method: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-class RemotePlace(Place):
+class RemoteFolder(StoreFolder):
     """A folder of an object store, or of anything else that fsspec knows."""
 
     def __init__(self, url: str) -> None:
@@ -248,17 +248,17 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path) and not str(path).startswith("file://")
 
 
-def open_place(path: str | Path | Place) -> Place:
+def open_folder(path: str | Path | StoreFolder) -> StoreFolder:
     """The folder at a path or URL, which need not exist yet.
 
     Raises:
         StoreError: the URL's protocol is unknown, or the package that it needs is not installed.
     """
-    if isinstance(path, Place):
+    if isinstance(path, StoreFolder):
         return path
     if is_url(path):
-        return RemotePlace(str(path))
-    return LocalPlace(Path(str(path).removeprefix("file://")).expanduser())
+        return RemoteFolder(str(path))
+    return LocalFolder(Path(str(path).removeprefix("file://")).expanduser())
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -287,14 +287,14 @@ def _is_temporary(path: Path) -> bool:
     return path.name == _LOCK or any(path.match(pattern) for pattern in _TEMPORARY)
 
 
-def local_root(place: Place) -> Path | None:
-    """The folder of a local place; None for a remote one."""
-    return place.root if isinstance(place, LocalPlace) else None
+def local_root(folder: StoreFolder) -> Path | None:
+    """The folder of a local folder; None for a remote one."""
+    return folder.root if isinstance(folder, LocalFolder) else None
 
 
-def remove_if_empty(place: Place, key: str) -> None:
+def remove_if_empty(folder: StoreFolder, key: str) -> None:
     """Remove a folder that holds nothing; an object store has no such folders."""
-    root = local_root(place)
+    root = local_root(folder)
     if root is not None:
         with contextlib.suppress(OSError):
             os.rmdir(root / key)
