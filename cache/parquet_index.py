@@ -114,7 +114,7 @@ def list_rows(part: Part, columns: Columns, prefix: str) -> tuple[pa.LargeBinary
     names, labels = pa.array([f"{prefix}/{row:07d}" for row in range(rows)]), np.full(rows, NO_LABEL, np.int32)
     try:
         with open_parquet(part.place, metadata=part.metadata) as file:
-            table = file.read(columns=wanted) if wanted else None
+            table = file.read(columns=wanted)
         if columns.path:
             column = table[columns.path.rpartition(".")[0]].combine_chunks()
             names = pc.binary_join_element_wise(names, column.field("path"), "/", null_handling="skip")

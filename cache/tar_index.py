@@ -1,7 +1,6 @@
 """Where the members of a tar lie, found by reading its headers alone: 512 bytes of each member, its data are skipped.
 
-Python's tarfile gives the same offsets, but takes about NN times as long (docs/images.md) and stops at a torn archive as if it ended there.
-Formats: ustar, GNU (long names, sizes past 8 GiB) and pax. Refused, with what and where: compressed archives, archives that are cut off or
+Python's tarfile gives the same offsets at 0.4 of the speed (docs/images.md), and takes a damaged header for the end of the archive.
 damaged, sparse files, and images that are stored as links.
 """
 

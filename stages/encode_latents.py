@@ -46,7 +46,7 @@ class EncodeLatentsConfig:
     """What to encode, with what, to where."""
 
     images: str
-    """Folder of class folders, flat folder of images, or "photographs:train" / "photographs:held-out"."""
+    """Folder, .tar, WebDataset shards or Parquet (see `cache.sources.open_source`), or "photographs:train" / "photographs:held-out"."""
     store: str
     """The latent store: a new path, or a store that gets one more split."""
     vae: str = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
@@ -138,6 +138,7 @@ def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
     store = Path(config.store).expanduser()
     check_target(store)
     source = open_source(config.images)
+    yield from (Note(text=text) for text in source.notes)
     job = _prepare(config, source)
     state = target_state(store, job.encoding, job.plan, overwrite=config.overwrite)
     if config.dry_run:
