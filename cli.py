@@ -56,7 +56,9 @@ def _revq(version: Annotated[bool, typer.Option("--version", callback=_show_vers
 
 @app.command("encode-latents")
 def _encode_latents(
-    images: Annotated[str, typer.Argument(metavar="IMAGES", help="Folder of images or of class folders, .tar, WebDataset shards or .parquet: path, glob or URL.")],
+    images: Annotated[
+        str, typer.Argument(metavar="IMAGES", help="Folder of images or of class folders, .tar, WebDataset shards or .parquet: path, glob or URL.")
+    ],
     store: Annotated[str, typer.Argument(metavar="STORE", help="Latent store to make, or to add a split to.")],
     vae: Annotated[
         str, _data(help="Hub id, folder in diffusers' format, FILE.py:FACTORY, or revq-tiny-f8c8.")

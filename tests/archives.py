@@ -50,7 +50,9 @@ def tar_bytes(members: Iterable[tuple[str, bytes]], *, tar_format: int = tarfile
 def train_tar(path: Path, folders: Path) -> Path:
     """As ILSVRC2012_img_train.tar: one tar for each class, in an order that is not that of the names."""
     classes = sorted(folder.name for folder in folders.iterdir())
-    inner = [(f"{name}.tar", tar_bytes((file.partition("/")[2], data) for file, data in files_of(folders) if file.startswith(name))) for name in classes]
+    inner = [
+        (f"{name}.tar", tar_bytes((file.partition("/")[2], data) for file, data in files_of(folders) if file.startswith(name))) for name in classes
+    ]
     return write_tar(path, inner[::-1])
 
 
