@@ -110,7 +110,7 @@ def decode_rgb(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError as error:
-        raise UnreadableImage(f"no {', '.join(_FORMATS)} file; it begins with {data[:12]!r}") from error
+        raise UnreadableImage(f"not a {', '.join(_FORMATS)} file; it begins with {data[:12]!r}") from error
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"more than the {MAX_IMAGE_PIXELS} pixels that are read") from error
     with image:

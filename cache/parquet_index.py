@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 
 from ..errors import ImageError
 from .items import NO_LABEL
-from .places import Place
+from .places import Place, RandomFile
 
 _BUFFER_BYTES = 4 << 20  # read at once from a column: without it, pyarrow reads all of a row group's bytes first
 
@@ -38,8 +39,33 @@ class Part:
     metadata: pq.FileMetaData
 
 
+class _Reader(io.RawIOBase):
+    """A remote file as pyarrow wants it, with the retries of `places`: a server's failure is no damage of the file."""
+
+    def __init__(self, file: RandomFile) -> None:
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        return self._at
+
+    def read(self, count: int = -1) -> bytes:
+        data = self._file.read_at(self._at, self._file.size - self._at if count < 0 else count)
+        self._at += len(data)
+        return data
+
+
 def open_parquet(place: Place, **options: Any) -> pq.ParquetFile:
-    source = place.path if place.filesystem is None else place.filesystem.open(place.path, "rb")
+    source = place.path if place.filesystem is None else _Reader(place.open())
     return pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True, **options)
 
 
@@ -52,7 +78,7 @@ def damage(place: Place) -> Iterator[None]:
     """What pyarrow raises on damaged pages, as the OSError of an image that cannot be read."""
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise OSError(f"{place.base} is damaged there ({' '.join(str(error).split())[:150]})") from error
 
 
