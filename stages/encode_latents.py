@@ -47,7 +47,7 @@ class EncodeLatentsConfig:
     """What to encode, with what, to where."""
 
     images: str
-    """Folder of class folders, flat folder of images, or "photographs:train" / "photographs:held-out"."""
+    """Folder, .tar, WebDataset shards or Parquet (see `cache.sources.open_source`), or "photographs:train" / "photographs:held-out"."""
     store: str
     """The latent store: a new path or fsspec URL (s3://bucket/latents.zarr), or a store that gets one more split."""
     vae: str = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
@@ -139,6 +139,7 @@ def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
     folder = open_folder(config.store)
     check_target(folder)
     source = open_source(config.images)
+    yield from (Note(text=text) for text in source.notes)
     job = _prepare(config, folder, source)
     state = target_state(folder, job.encoding, job.plan, overwrite=config.overwrite)
     if config.dry_run:
