@@ -182,7 +182,7 @@ class _File:
         self._file.seek(offset)
         done = 0
         while done < len(buffer):
-            count = self._file.readinto(memoryview(buffer)[done:])
+            count = self._file.readinto(buffer[done:].data)
             if not count:
                 raise ValueError(f"the shard ends at byte {self.size}, before byte {offset + len(buffer)}")
             done += count
