@@ -226,7 +226,7 @@ def all_finite(values: NDArray[Any]) -> bool:
     """Whether no value (float16, float32 or float64) is NaN or infinite.
 
     Those are the values whose exponent bits are all set: the largest signed and unsigned integers with the same bits. Two integer maxima run at
-    the speed of memory; `np.isfinite` on float16 is ten times slower, `torch.isfinite` a hundred times (docs/store.md).
+    the speed of memory; `np.isfinite` on float16 is ten times slower, `torch.isfinite` ninety times (docs/store.md).
     """
     bits = values.dtype.itemsize * 8
     infinity = int(np.array(np.inf, values.dtype).view(f"i{bits // 8}"))
