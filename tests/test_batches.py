@@ -110,7 +110,7 @@ def test_a_value_that_does_not_fit_the_dtype_names_its_row(tmp_path: Path) -> No
     latents = values(40, "float32")
     latents[33, 1, 2, 3] = 1e6
     store = LatentStore.open(tmp_path / "s")
-    array = zarr.open_array(str(store.path / "train" / "latents"), mode="r+")
+    array = zarr.open_array(f"{store.path}/train/latents", mode="r+")
     array[24:36] = latents[24:36]
     assert len(ResidentLatents(split)) == 38
     with pytest.raises(StoreError, match=r"row 33 .*not finite in torch.float16"):
