@@ -17,6 +17,8 @@ from PIL import Image
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MCU = 16  # px: the largest block that libjpeg fills at once
 _GREY, _SLACK = 127.5, 2.5
+_OTHER = bytes(random.Random(0).choices(range(255), k=4093))  # without 255, which begins a marker
+_OTHER_BYTES = 1 << 26  # at most: enough for 16 million pixels whatever the code, and for more with most codes
 
 
 def png_damage(data: bytes) -> str:
@@ -46,7 +48,7 @@ def ends_in_filler(data: bytes, image: Image.Image) -> bool:
     end = _end_of_first_scan(data)
     if end is None:
         return False
-    other = bytes(random.Random(0).choices(range(255), k=image.width * image.height + 1024))  # without 255, which begins a marker
+    other = _OTHER * (min(4 * image.width * image.height, _OTHER_BYTES) // len(_OTHER) + 1)
     with Image.open(io.BytesIO(data[:end] + other + data[end:]), formats=["JPEG"]) as padded:
         try:
             padded.load()
@@ -80,8 +82,13 @@ def _end_of_first_scan(data: bytes) -> int | None:
             break
     else:
         return None
-    while (position := data.find(b"\xff", position)) >= 0 and position + 1 < len(data):
-        if data[position + 1] not in {0x00, *range(0xD0, 0xD8), 0xFF}:
+    while (position := data.find(b"\xff", position)) >= 0:
+        after = position + 1
+        while data[after : after + 1] == b"\xff":  # any number of them may stand before a marker
+            after += 1
+        if after == len(data):
+            return None
+        if data[after] not in {0x00, *range(0xD0, 0xD8)}:  # neither a stuffed byte nor a restart
             return position
-        position += 1 if data[position + 1] == 0xFF else 2
+        position = after + 1
     return None

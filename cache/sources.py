@@ -61,7 +61,13 @@ def open_source(spec: str | Path) -> ImageSource:
     Raises:
         ImageError: there is no such source, it holds no image, it holds more than one kind, or it is damaged.
     """
-    text = os.fspath(spec)
+    try:
+        return _open(os.fspath(spec))
+    except OSError as error:  # no permission, a disk that fails
+        raise ImageError(f"{Place(os.fspath(spec))} cannot be listed ({error.strerror or error}); check that you may read all of it") from error
+
+
+def _open(text: str) -> ImageSource:
     if text.startswith(PHOTOGRAPHS_PREFIX):
         from .photographs import PhotographSource  # imports scikit-image's location only where it is used
 

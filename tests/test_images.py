@@ -266,6 +266,7 @@ BAD = [
     Bad("truncated-progressive", lambda: encoded(Image.fromarray(noise(64, 64)), "JPEG", progressive=True)[:-300], "truncated"),
     Bad("jpeg-with-an-early-end-mark", lambda: with_bytes(JPEG, len(JPEG) // 2, b"\xff\xd9"), "end before the picture"),
     Bad("jpeg-cut-and-mended", lambda: JPEG[: len(JPEG) // 2] + b"\xff\xd9", "end before the picture"),
+    Bad("jpeg-cut-inside-a-pair-and-mended", lambda: JPEG[: JPEG.index(b"\xff\x00", len(JPEG) // 2) + 1] + b"\xff\xd9", "end before the picture"),
     Bad("jpeg-with-fewer-rows-than-it-says", lambda: with_bytes(JPEG, FRAME, b"\x01\xe0"), "end before the picture"),
     Bad("jpeg-huge-in-its-header-only", lambda: with_bytes(JPEG, FRAME, b"\xff\xf0\xff\xf0"), "pixels"),
     Bad("png-huge-in-its-header-only", lambda: huge_header(), "pixels"),
