@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow.compute as pc
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from ..errors import ConfigError, MismatchError, OutputError, StoreError
 from ..files import disk_errors, read_json, sha256_file, write_bytes, write_json
@@ -251,8 +251,8 @@ class SplitWriter:
             chunks=(self.plan.chunk_rows, *shape),
             shards=(self.plan.shard_rows, *shape),
             dtype=self.encoding.dtype,
-            # Latents hardly compress (6 % at any level), so the fastest level; crc32c finds a flipped bit on read.
-            compressors=[ZstdCodec(level=1), Crc32cCodec()],
+            # Latents hardly compress (8 % at best), so what decodes fastest (docs/store.md); crc32c finds a flipped bit on read.
+            compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
             fill_value=math.nan,  # so that a lost file reads as NaN, which no reader takes for data
         )
 
