@@ -2,7 +2,7 @@
 
     python benchmarks/bench_store.py                       about 200,000 latents of 4 KiB, 819 MB
     python benchmarks/bench_store.py --rows 1281167        ImageNet: 5.2 GB, needs 24 GB of disk
-    python benchmarks/bench_store.py --parts table --layouts all
+    python benchmarks/bench_store.py --parts layouts --layouts all
 
 The latents are real ones, since others compress unlike them: the ImageNet sample and TAEF2 of REVQ_SHARED in several views, or without it the
 photographs of scikit-image and the embedded VAE, repeated with a period larger than a chunk, so that no codec sees a repeat. Every file is in the
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
+from numcodecs import Blosc, Zstd
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
@@ -43,11 +44,11 @@ from revq.stages.events import run_quietly
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("REVQ_SHARED", REPOSITORY.parent / "shared")).resolve()
-PARTS = ("load", "stream", "write", "memory", "encode", "table")
+PARTS = ("write", "load", "stream", "memory", "encode", "codecs", "layouts")
 VIEWS = 3
 BATCH = 256
 BUFFER_BYTES = 256 << 20
-TABLE_BYTES = 512 << 20
+TABLE_BYTES = 256 << 20
 BLOCK_ROWS = 8192
 CODECS: dict[str, list[Any]] = {
     "crc32c alone": [],
@@ -57,8 +58,9 @@ CODECS: dict[str, list[Any]] = {
     "blosc zstd 1, shuffle": [BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=2)],
     "blosc zstd 1, bitshuffle": [BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=2)],
 }
+SHUFFLES = {"shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
 CHUNK_MIB, SHARD_MIB = (0.5, 2, 8), (16, 32, 64, 128)
-CHOSEN = ("zstd 1", 2, 32)
+CHOSEN = ("blosc lz4, bitshuffle", 2, 32)
 Row = tuple[str, str]
 
 
@@ -68,9 +70,16 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def best(repeats: int, *works: Callable[[], object]) -> list[float]:
+def processor_seconds(work: Callable[[], object]) -> float:
+    """Of all threads of this process: what other work on the machine disturbs least."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def best(repeats: int, *works: Callable[[], object], clock: Callable[[Callable[[], object]], float] = seconds) -> list[float]:
     """Least seconds of each, measured in turns."""
-    turns = [[seconds(work) for work in works] for _ in range(repeats)]
+    turns = [[clock(work) for work in works] for _ in range(repeats)]
     return [min(times) for times in zip(*turns, strict=True)]
 
 
@@ -140,15 +149,26 @@ def open_split(store: Path) -> LatentSplit:
 
 def load_rows(latents: Latents, raw: Path, split: LatentSplit, repeats: int) -> list[Row]:
     """The resident load against numpy.fromfile, and against zarr's own reading."""
+    stored = best(repeats, lambda: np.fromfile(raw, np.float16), lambda: ResidentLatents(split), lambda: read_by_zarr(split))
     array = make_array(raw.with_name("plain.zarr"), split.latents.shape, [], split.latents.chunks[0], split.shard_rows)
     for start in range(0, len(split), split.shard_rows):
         array[start : start + split.shard_rows] = latents.block(start, min(start + split.shard_rows, len(split)))
     os.sync()
-    works = [lambda: np.fromfile(raw, np.float16), lambda: read_array(array), lambda: ResidentLatents(split), lambda: read_by_zarr(split)]
-    times = best(repeats, *works)
-    names = ["numpy.fromfile", "resident load, uncompressed", "resident load, as stored", "as stored, by zarr's own reading and torch.isfinite"]
-    rates = [f"{time:.2f} s, {raw.stat().st_size / time / 1e9:.2f} GB/s, ratio {times[0] / time:.2f}" for time in times]
-    return list(zip(names, rates, strict=True))
+    plain = best(repeats, lambda: np.fromfile(raw, np.float16), lambda: read_array(array))
+    shutil.rmtree(raw.with_name("plain.zarr"))
+    names = [
+        "numpy.fromfile",
+        "resident load, as stored",
+        "the same by zarr's own reading and torch.isfinite",
+        "numpy.fromfile",
+        "resident load, uncompressed",
+    ]
+    ratios = [stored[0] / time for time in stored] + [plain[0] / time for time in plain]
+    size = raw.stat().st_size
+    return [
+        (name, f"{time:.2f} s, {size / time / 1e9:.2f} GB/s, ratio {ratio:.2f}")
+        for name, time, ratio in zip(names, [*stored, *plain], ratios, strict=True)
+    ]
 
 
 def read_by_zarr(split: LatentSplit) -> NDArray[Any]:
@@ -253,24 +273,39 @@ def encode_rows(folder: Path, repeats: int) -> list[Row]:
     return [(f"{name} {workers}", f"{max(found):.0f} images/s, ratio {max(found) / max(rates[1]):.2f}") for workers, found in rates.items()]
 
 
-def table_rows(latents: Latents, folder: Path, repeats: int, layouts: str, codecs: list[str]) -> list[str]:
+def codec_rows(latents: Latents, repeats: int) -> list[str]:
+    """A line of a Markdown table for each codec and size of chunk: GB/s of uncompressed bytes in processor time, and the share of the bytes."""
+    lines = ["| codec | chunk MiB | encode GB/s | decode GB/s | share |", "|---|---|---|---|---|"]
+    for (name, codecs), chunk_mib in itertools.product(list(CODECS.items())[1:], CHUNK_MIB):
+        chunk = latents.block(0, int(chunk_mib * 2**20) // latents.row_bytes)
+        settings = codecs[0].to_dict()["configuration"]
+        blosc = "cname" in settings
+        numcodec = Blosc(settings["cname"], settings["clevel"], SHUFFLES[settings["shuffle"]], typesize=2) if blosc else Zstd(level=1)
+        encoded, out = numcodec.encode(chunk), np.empty_like(chunk)
+        works = [lambda c=numcodec, x=chunk: c.encode(x), lambda c=numcodec, x=encoded, y=out: c.decode(x, out=y)]
+        rates = [chunk.nbytes / time / 1e9 for time in best(5 * repeats, *works, clock=processor_seconds)]
+        lines.append(f"| {name} | {chunk_mib} | {rates[0]:.2f} | {rates[1]:.2f} | {100 * len(encoded) / chunk.nbytes:.1f} % |")
+    return lines
+
+
+def layout_rows(latents: Latents, folder: Path, repeats: int, layouts: str, codecs: list[str]) -> list[str]:
     """A line of a Markdown table for each layout: reading and writing against a bare file, and the share of the bytes on disk."""
     rows = min(latents.rows, TABLE_BYTES // latents.row_bytes)
     raw = folder / "table.bin"
-    lines = ["| codec, then crc32c | chunk MiB | shard MiB | read | write | on disk |", "|---|---|---|---|---|---|"]
+    lines = ["| codec, then crc32c | chunk MiB | shard MiB | read | read, processor | write, processor | on disk |", "|---|---|---|---|---|---|---|"]
     for codec, chunk, shard in itertools.product(codecs, CHUNK_MIB, SHARD_MIB):
         differences = sum(one != other for one, other in zip((codec, chunk, shard), CHOSEN, strict=True))
         if layouts == "all" or differences < 2:
-            read, write, share = measure_layout(latents, raw, folder / "table.zarr", rows, repeats, CODECS[codec], chunk, shard)
-            lines.append(f"| {codec} | {chunk} | {shard} | {read:.2f} | {write:.2f} | {100 * share:.1f} % |")
+            ratios, share = measure_layout(latents, raw, folder / "table.zarr", rows, repeats, CODECS[codec], chunk, shard)
+            lines.append(f"| {codec} | {chunk} | {shard} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + f" | {100 * share:.1f} % |")
     raw.unlink(missing_ok=True)
     return lines
 
 
 def measure_layout(
     latents: Latents, raw: Path, path: Path, rows: int, repeats: int, codecs: list[Any], chunk_mib: float, shard_mib: int
-) -> tuple[float, float, float]:
-    """(read ratio, write ratio, share on disk) of one layout, without fsync on either side."""
+) -> tuple[list[float], float]:
+    """Ratios of reading by the clock, reading and writing in processor time; share on disk. Without fsync on either side."""
     chunk_rows = int(chunk_mib * 2**20) // latents.row_bytes
     shard_rows = (shard_mib << 20) // latents.row_bytes // chunk_rows * chunk_rows
     array = make_array(path, (rows, *latents.real.shape[1:]), codecs, chunk_rows, shard_rows)
@@ -278,13 +313,13 @@ def measure_layout(
     with open(raw, "wb") as file:
         for start in range(0, rows, shard_rows):
             block = latents.block(start, min(start + shard_rows, rows))
-            bare += seconds(lambda block=block: block.tofile(file))
-            written += seconds(lambda block=block, start=start: array.__setitem__(slice(start, start + len(block)), block))
-    os.sync()
-    flat, read = best(repeats, lambda: np.fromfile(raw, np.float16), lambda: read_array(array))
+            bare += processor_seconds(lambda block=block: block.tofile(file))
+            written += processor_seconds(lambda block=block, start=start: array.__setitem__(slice(start, start + len(block)), block))
+    works = [lambda: np.fromfile(raw, np.float16), lambda: read_array(array)]
+    by_clock, by_processor = best(repeats, *works), best(repeats, *works, clock=processor_seconds)
     stored = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     shutil.rmtree(path)
-    return flat / read, bare / written, stored / (rows * latents.row_bytes)
+    return [by_clock[0] / by_clock[1], by_processor[0] / by_processor[1], bare / written], stored / (rows * latents.row_bytes)
 
 
 def make_array(path: Path, shape: tuple[int, ...], codecs: list[Any], chunk_rows: int, shard_rows: int) -> zarr.Array:
@@ -319,8 +354,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--layouts", choices=["near", "all"], default="near", help="of the table: those beside the chosen one, or all")
-    parser.add_argument("--codecs", nargs="+", choices=list(CODECS), default=list(CODECS), help="of the table")
+    parser.add_argument("--layouts", choices=["near", "all"], default="near", help="those that differ from the chosen one in one thing, or all")
+    parser.add_argument("--codecs", nargs="+", choices=list(CODECS), default=list(CODECS), help="of the layouts")
     parser.add_argument("--real", help="a store whose latents to repeat; it is made where it is not there, and kept")
     parser.add_argument("--folder", help="where to make the files, which are removed again; default: the system's temporary folder")
     args = parser.parse_args()
@@ -344,8 +379,10 @@ def main() -> None:
         raw.unlink(missing_ok=True)
         if "encode" in args.parts:
             report("Encoding", encode_rows(folder, args.repeats))
-        if "table" in args.parts:
-            report("Layouts, read and write as ratios to a bare file", table_rows(latents, folder, args.repeats, args.layouts, args.codecs))
+        if "codecs" in args.parts:
+            report("Codecs alone, on one processor", codec_rows(latents, args.repeats))
+        if "layouts" in args.parts:
+            report("Layouts, read and write as ratios to a bare file", layout_rows(latents, folder, args.repeats, args.layouts, args.codecs))
 
 
 if __name__ == "__main__":
