@@ -9,13 +9,16 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import archives
 import numpy as np
 import pytest
 from test_store import ENCODING, PLAN, contents, latents_of, write
 
 from revq.cache.batches import ResidentLatents
+from revq.cache.sources import open_source
 from revq.cache.store import LatentStore
 from revq.cache.store_folder import RemoteFolder, open_folder
 from revq.cache.writer import SplitWriter
@@ -124,6 +127,21 @@ def test_an_encoding_killed_half_way_is_finished_by_the_same_command_and_read_by
     assert (value["verified"], value["splits"]["train"]["rows"]) == (True, 40)
     fitted = revq_cli("fit-codebooks", f"{bucket}/s", tmp_path / "codebooks", "--tokens", 512, "--codes", 8, "--transform", "standardize", "--json")
     assert json.loads(fitted.stdout)["latents"] == 40
+
+
+@pytest.mark.parametrize("kind", ["folders", "train.tar", "shards/train-{0000..0002}.tar", "parquet"])
+def test_images_are_read_from_a_bucket_as_from_disk(bucket: str, imagenet_sample: Path, tmp_path: Path, kind: str) -> None:
+    folders = archives.class_folders(tmp_path / "folders", imagenet_sample)
+    archives.train_tar(tmp_path / "train.tar", folders)
+    archives.shards(tmp_path / "shards", folders)
+    archives.parquet_files(tmp_path / "parquet", folders)
+    place = open_folder(f"{bucket}/images")
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        place.write(path.relative_to(tmp_path).as_posix(), path.read_bytes())
+    there, here = open_source(f"{bucket}/images/{kind}"), open_source(tmp_path / kind)
+    assert list(there.items) == list(here.items)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(there.read, range(20))) == [here.read(index) for index in range(20)]
 
 
 def test_a_bucket_that_is_not_there_and_a_protocol_that_nobody_knows_are_one_line_errors(bucket: str) -> None:
