@@ -21,7 +21,7 @@ from ..errors import TokenizerError
 from ..files import write_bytes, write_json
 from .quantizer import MultiGroupQuantizer
 from .rectifier import Rectifier
-from .transform import LatentTransform
+from .transform import LatentTransform, blank_rotation
 from .vae import FrozenVAE
 
 TOKENIZER_KIND = "revq-tokenizer"
@@ -51,10 +51,9 @@ class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
         self.image_size: int = config["image_size"]
         self.tokens: int = config["tokens"]
         self.codes: int = config["codes"]
-        positions = math.prod(self.latent_shape)
-        self.dims = positions // self.tokens
+        self.dims = math.prod(self.latent_shape) // self.tokens
         ones = torch.ones(self.latent_shape)
-        rotation = torch.eye(positions) if config["rotated"] else None
+        rotation = blank_rotation(self.latent_shape, self.tokens) if config["rotated"] else None
         self.transform = LatentTransform(mean=0 * ones, std=ones, tokens=self.tokens, rotation=rotation)
         self.quantizer = MultiGroupQuantizer(torch.zeros(self.tokens, self.codes, self.dims))
         self.rectifier = Rectifier(**config["rectifier"]) if config["rectifier"] else None

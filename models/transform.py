@@ -1,6 +1,7 @@
 """Invertible affine maps from latents to the coordinates that are quantized.
 
 Shapes: B batch, C,H,W latent channels, rows, columns, P = C*H*W, T tokens per image, D = P/T dims per token.
+A rotation is one dense matrix up to P = 4096; above, one for each of G spatial blocks of Q = P/G positions, and T/G tokens belong to each block.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ class LatentTransform(nn.Module):
             std: (C,H,W), above zero everywhere.
             tokens: T; divides P.
             scale: (C,H,W), above zero; None means ones.
-            rotation: (P,P) orthogonal, its rows in the order of the coordinates; None means the identity.
+            rotation: (P,P) orthogonal, its rows in the order of the coordinates, or (G,Q,Q), one for each spatial block; None means the identity.
 
         Raises:
-            CodebookError: P is not divisible by T.
+            CodebookError: P is not divisible by T, or no spatial blocks suit it (see `spatial_block`).
         """
         super().__init__()
         positions = mean.numel()
@@ -56,6 +57,7 @@ class LatentTransform(nn.Module):
         self.register_buffer("std", std.float())
         self.register_buffer("scale", torch.ones_like(self.mean) if scale is None else scale.float())
         self.register_buffer("rotation", None if rotation is None else rotation.float())
+        self.block = None if rotation is None else spatial_block(tuple(mean.shape), tokens)  # type: ignore[arg-type]
 
     def standardize(self, latents: Tensor) -> Tensor:
         """(B,C,H,W) raw -> (B,C,H,W) with mean 0 and deviation 1 at each position over the train split."""
@@ -69,17 +71,41 @@ class LatentTransform(nn.Module):
         """Standardised latents (B,C,H,W) -> coordinates (B,T,D), or (B,last-first,D) of those tokens alone; `last` None means T."""
         last = self.tokens if last is None else last
         dims = self.mean.numel() // self.tokens
-        flat = (standardised * self.scale).flatten(1)
-        rows = slice(first * dims, last * dims)
-        flat = flat[:, rows] if self.rotation is None else flat @ self.rotation[rows].T
-        return flat.unflatten(1, (last - first, dims))
+        scaled = standardised * self.scale
+        if self.rotation is None:
+            return scaled.flatten(1)[:, first * dims : last * dims].unflatten(1, (last - first, dims))
+        blocks, rotation = self.to_blocks(scaled), self._rotations()
+        each = self.tokens // len(rotation)
+        parts = []
+        for block in range(first // each, math.ceil(last / each)):
+            rows = slice(max(0, first - block * each) * dims, min(each, last - block * each) * dims)
+            parts.append(blocks[:, block] @ rotation[block, rows].T)
+        return torch.cat(parts, 1).unflatten(1, (last - first, dims))
 
     def from_coordinates(self, coordinates: Tensor) -> Tensor:
         """Coordinates (B,T,D) -> standardised latents (B,C,H,W)."""
-        flat = coordinates.flatten(1)
-        if self.rotation is not None:
-            flat = flat @ self.rotation
-        return flat.unflatten(1, self.mean.shape) / self.scale
+        if self.rotation is None:
+            return coordinates.flatten(1).unflatten(1, self.mean.shape) / self.scale
+        rotation = self._rotations()
+        rotated = coordinates.flatten(1).unflatten(1, rotation.shape[:2])
+        return self._from_blocks(torch.stack([rotated[:, block] @ matrix for block, matrix in enumerate(rotation)], 1)) / self.scale
+
+    def to_blocks(self, latents: Tensor) -> Tensor:
+        """(B,C,H,W) -> (B,G,Q): the spatial blocks row by row, each flattened in the order channel, row, column."""
+        assert self.block is not None
+        return cut_into_blocks(latents, self.block)
+
+    def _from_blocks(self, blocks: Tensor) -> Tensor:
+        """(B,G,Q) -> (B,C,H,W), the inverse of `to_blocks`."""
+        assert self.block is not None
+        (channels, height, width), (rows, columns) = self.mean.shape, self.block
+        grid = blocks.reshape(len(blocks), height // rows, width // columns, channels, rows, columns)
+        return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(blocks), channels, height, width)
+
+    def _rotations(self) -> Tensor:
+        """(G,Q,Q)."""
+        assert self.rotation is not None
+        return self.rotation if self.rotation.ndim == 3 else self.rotation.unsqueeze(0)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Raw latents (B,C,H,W) -> coordinates (B,T,D)."""
@@ -88,6 +114,43 @@ class LatentTransform(nn.Module):
     def inverse(self, coordinates: Tensor) -> Tensor:
         """Coordinates (B,T,D) -> raw latents (B,C,H,W)."""
         return self.unstandardize(self.from_coordinates(coordinates))
+
+
+def spatial_block(shape: tuple[int, int, int], tokens: int) -> tuple[int, int]:
+    """(rows, columns) of the blocks that a latent of `shape` (C,H,W) is cut into for its rotations: the largest of at most 4096 positions which
+    cover it evenly and get the same number of tokens each, square rather than long; the whole latent where that is small enough.
+
+    Raises:
+        CodebookError: no block fits.
+    """
+    channels, height, width = shape
+    fitting = [
+        (rows, columns)
+        for rows in _all_divisors(height)
+        for columns in _all_divisors(width)
+        if channels * rows * columns <= MAX_DENSE_POSITIONS and tokens % ((height // rows) * (width // columns)) == 0
+    ]
+    if not fitting:
+        limit = f"blocks of at most {MAX_DENSE_POSITIONS} positions which share {tokens} tokens evenly"
+        raise CodebookError(
+            f"latents of shape {'x'.join(map(str, shape))} cannot be cut into {limit}; use --transform standardize, or other --tokens"
+        )
+    return max(fitting, key=lambda block: (block[0] * block[1], -abs(block[0] - block[1])))
+
+
+def cut_into_blocks(latents: Tensor, block: tuple[int, int]) -> Tensor:
+    """(B,C,H,W) and (rows, columns) of a block -> (B,G,Q)."""
+    (count, channels, height, width), (rows, columns) = latents.shape, block
+    grid = latents.reshape(count, channels, height // rows, rows, width // columns, columns)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * rows * columns)
+
+
+def blank_rotation(shape: tuple[int, int, int], tokens: int) -> Tensor:
+    """A rotation of the shape that latents (C,H,W) and T tokens need, to load one into: (P,P), or (G,Q,Q) with blocks."""
+    rows, columns = spatial_block(shape, tokens)
+    positions = shape[0] * rows * columns
+    blocks = math.prod(shape) // positions
+    return torch.zeros(positions, positions) if blocks == 1 else torch.zeros(blocks, positions, positions)
 
 
 def standard_deviation(variance: Tensor) -> Tensor:
@@ -183,6 +246,9 @@ def scale_from_sensitivity(sensitivity: Tensor) -> Tensor:
     return (sensitivity / level).sqrt().clamp_min(_SMALLEST_SCALE)
 
 
+def _all_divisors(number: int) -> list[int]:
+    return [value for value in range(1, number + 1) if number % value == 0]
+
+
 def _divisors(positions: int, tokens: int) -> str:
-    divisors = [value for value in range(1, positions + 1) if positions % value == 0]
-    return ", ".join(map(str, sorted(sorted(divisors, key=lambda value: abs(math.log(value / max(tokens, 1))))[:4])))
+    return ", ".join(map(str, sorted(sorted(_all_divisors(positions), key=lambda value: abs(math.log(value / max(tokens, 1))))[:4])))

@@ -9,7 +9,7 @@ from torch import Tensor
 from revq.errors import CodebookError
 from revq.models.kmeans import kmeans
 from revq.models.nearest import nearest_codes
-from revq.models.quantizer import MultiGroupQuantizer, code_counts, perplexity, usage
+from revq.models.quantizer import code_counts, usage
 
 
 def points(groups: int = 3, count: int = 2000, dims: int = 4) -> Tensor:
@@ -61,22 +61,3 @@ def test_empty_clusters_are_repaired() -> None:
 def test_fewer_points_than_codes_is_an_error_that_names_the_largest_number() -> None:
     with pytest.raises(CodebookError, match=r"2000 latents cannot fill 2001 codes; use --codes 2000"):
         kmeans(points(), 2001, iterations=1, seeds=[0, 1, 2], backend="faiss")
-
-
-def test_usage_and_perplexity_of_known_counts() -> None:
-    counts = torch.tensor([[10, 10, 10, 10], [40, 0, 0, 0], [20, 20, 0, 0]])
-    assert usage(counts).tolist() == [1.0, 0.25, 0.5]
-    assert perplexity(counts).tolist() == pytest.approx([4.0, 1.0, 2.0])
-
-
-def test_the_quantizer_searches_its_present_codebooks_after_an_optimizer_moved_them() -> None:
-    quantizer = MultiGroupQuantizer(points(2, 600, 4))
-    coordinates = points(2, 50, 4).transpose(0, 1)
-    optimizer = torch.optim.AdamW(quantizer.parameters(), lr=0.5)
-    for _ in range(3):
-        first, second = quantizer.encode(coordinates), quantizer.encode(coordinates)  # by product, then by tree
-        assert torch.equal(first, second)
-        assert torch.equal(first, nearest_codes(coordinates.transpose(0, 1), quantizer.codebooks.detach()).T)
-        optimizer.zero_grad()
-        quantizer.decode(first).square().sum().backward()
-        optimizer.step()
