@@ -25,7 +25,7 @@ def _kernel(points, codes, indices, N, K, D: tl.constexpr, BLOCK_N: tl.constexpr
     token = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_K)
-    mine = ()
+    mine: tl.tuple = ()
     for d in tl.static_range(D):
         mine = mine + (tl.load(points + (token * D + d) * N + n, mask=n < N, other=0.0)[:, None],)  # noqa: RUF005
     best = tl.full((BLOCK_N, BLOCK_K), float("inf"), tl.float32)

@@ -19,6 +19,7 @@ from ..errors import ConfigError
 BACKENDS = ("auto", "tree", "product", "fused")
 _TREE_MAX_DIMS = 8
 _TREE_MIN_CODES = 512
+_TREE_MIN_CODES_4 = 64  # up to 4 dims, where trees are better still
 _FUSED_MAX_DIMS = 8  # more would not fit a GPU thread's registers
 _BLOCK_VALUES = 1 << 22  # distances held at once by the blocked product: 16 MiB in float32
 
@@ -56,7 +57,7 @@ class NearestCodes:
             ConfigError: the kernel was asked for and Triton is not installed.
         """
         self.codebooks = codebooks.detach()
-        self.backend = _pick_backend(self.codebooks) if backend == "auto" else backend
+        self.backend = _pick_backend(codebooks.device, *codebooks.shape[1:]) if backend == "auto" else backend
         if self.backend == "fused" and not _has_triton():
             raise ConfigError("the fused search needs Triton, which PyTorch's CUDA builds bring; use the backend product")
         if self.backend == "tree":
@@ -78,11 +79,11 @@ class NearestCodes:
         return _nearest_by_product(coordinates.float(), self.codebooks.float())
 
 
-def _pick_backend(codebooks: Tensor) -> str:
-    _, codes, dims = codebooks.shape
-    if codebooks.device.type == "cuda" and dims <= _FUSED_MAX_DIMS and _has_triton():
+def _pick_backend(device: torch.device, codes: int, dims: int) -> str:
+    if device.type == "cuda" and dims <= _FUSED_MAX_DIMS and _has_triton():
         return "fused"
-    return "tree" if codebooks.device.type == "cpu" and dims <= _TREE_MAX_DIMS and codes >= _TREE_MIN_CODES else "product"
+    tree = dims <= _TREE_MAX_DIMS and codes >= (_TREE_MIN_CODES_4 if dims <= 4 else _TREE_MIN_CODES)
+    return "tree" if device.type == "cpu" and tree else "product"
 
 
 @cache

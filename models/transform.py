@@ -207,31 +207,50 @@ def stationary_part(covariance: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return result.reshape(covariance.shape)
 
 
-def fit_rotation(covariance: Tensor, tokens: int) -> Tensor:
-    """(P,P) covariance -> (P,P) float32 orthogonal: its principal axes, dealt out to T tokens of equal variance product.
+def fit_rotation(covariance: Tensor, tokens: int, bits: float) -> Tensor:
+    """(Q,Q) covariance -> (Q,Q) float32 orthogonal: its principal axes, dealt out to T tokens that need equally many bits.
 
-    The eigenvalue allocation of OPQ (Ge et al. 2013): from the largest eigenvalue down, each axis goes to the token whose
-    product of variances is the smallest so far and which still has room.
+    Args:
+        covariance: of the coordinates before the rotation; may be singular.
+        tokens: T, how many tokens share the axes.
+        bits: of all those tokens together, T*log2(K).
     """
     values, vectors = torch.linalg.eigh(covariance)
-    order = allocate_axes(values.clamp_min(float(values.max()) * 1e-9).tolist(), tokens)
+    order = allocate_axes(values.tolist(), tokens, bits)
     return vectors.T[torch.tensor(order, device=vectors.device)].float().contiguous()
 
 
-def allocate_axes(variances: Iterable[float], tokens: int) -> list[int]:
-    """The order in which to take axes so that each run of D = P/T has nearly the same product of variances."""
+def allocate_axes(variances: Iterable[float], tokens: int, bits: float) -> list[int]:
+    """The order in which to take axes so that each run of D = P/T needs nearly the same number of bits.
+
+    The eigenvalue allocation of OPQ (Ge et al. 2013) gives every run the same product of variances, and so counts an axis that is too small to be
+    worth a bit for less than nothing. Here an axis counts for the bits that reverse water-filling gives it, max(0, log2(variance/level)/2).
+    From the largest variance down, each axis goes to the token that needs the fewest bits so far and still has room.
+    """
     variances = list(variances)
     room = len(variances) // tokens
-    smallest = min(variances)
-    logs = [math.log(max(value, 1e-300) / max(smallest, 1e-300)) for value in variances]
+    level = water_level(variances, bits)
+    needs = [max(0.0, math.log2(value) - level) / 2 if value > 0 else 0.0 for value in variances]
     runs: list[list[int]] = [[] for _ in range(tokens)]
     heap = [(0.0, token) for token in range(tokens)]
-    for axis in sorted(range(len(logs)), key=lambda axis: -logs[axis]):
+    for axis in sorted(range(len(variances)), key=lambda axis: -variances[axis]):
         total, token = heapq.heappop(heap)
         runs[token].append(axis)
         if len(runs[token]) < room:
-            heapq.heappush(heap, (total + logs[axis], token))
+            heapq.heappush(heap, (total + needs[axis], token))
     return [axis for run in runs for axis in run]
+
+
+def water_level(variances: Iterable[float], bits: float) -> float:
+    """log2 of the error per axis at which independent Gaussian axes take `bits` in all, the sum of max(0, log2(variance) - level)/2."""
+    logs = sorted((math.log2(value) for value in variances if value > 0), reverse=True)
+    total = level = 0.0
+    for count, value in enumerate(logs, 1):
+        total += value
+        level = (total - 2 * bits) / count
+        if count == len(logs) or level >= logs[count]:
+            break
+    return level
 
 
 def scale_from_sensitivity(sensitivity: Tensor) -> Tensor:
