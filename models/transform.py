@@ -1,7 +1,7 @@
 """Invertible affine maps from latents to the coordinates that are quantized.
 
 Shapes: B batch, C,H,W latent channels, rows, columns, P = C*H*W, T tokens per image, D = P/T dims per token.
-A rotation is one dense matrix up to P = 4096; above, one for each of G spatial blocks of Q = P/G positions, and T/G tokens belong to each block.
+The axes are one dense matrix up to P = 4096; above, one for each of G spatial blocks of Q = P/G positions, and T/G tokens belong to each block.
 """
 
 from __future__ import annotations
@@ -18,22 +18,35 @@ from ..errors import CodebookError
 KINDS = ("decoder", "pca", "standardize")
 MAX_DENSE_POSITIONS = 4096
 _SMALLEST_SCALE = 1e-2
+_SMALLEST_METRIC = 1e-2  # added to the metric's diagonal, whose mean is 1: an error that the decoder ignores still counts for something
 
 
 class LatentTransform(nn.Module):
-    """coordinates = rotation @ (scale * (latent - mean) / std), cut into T runs of D.
+    """coordinates = axes @ (scale * (latent - mean) / std), cut into T runs of D.
 
     Quantization error is made in coordinates. Three kinds share this one form (design section 5):
-    `standardize` (the paper's; no rotation, scale 1), `pca` (the rotation decorrelates, then deals the axes to the tokens so that
-    every token has the same product of variances), `decoder` (pca after scaling each position by how much it moves the picture).
+    - `standardize` (the paper's): no axes, scale 1.
+    - `pca`: orthogonal axes that decorrelate, dealt out so that every token needs the same number of bits.
+    - `decoder`: the same in the decoder's metric. A squared error of coordinates is the mean squared change of the picture, to first order:
+      scale is how much each position moves it, and the axes undo what the positions do jointly. They are not orthogonal, so their inverse is kept.
     """
 
     mean: Tensor
     std: Tensor
     scale: Tensor
-    rotation: Tensor | None
+    axes: Tensor | None
+    inverse_axes: Tensor | None
 
-    def __init__(self, *, mean: Tensor, std: Tensor, tokens: int, scale: Tensor | None = None, rotation: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        mean: Tensor,
+        std: Tensor,
+        tokens: int,
+        scale: Tensor | None = None,
+        axes: Tensor | None = None,
+        inverse_axes: Tensor | None = None,
+    ) -> None:
         """Build the map from its parts.
 
         Args:
@@ -41,7 +54,8 @@ class LatentTransform(nn.Module):
             std: (C,H,W), above zero everywhere.
             tokens: T; divides P.
             scale: (C,H,W), above zero; None means ones.
-            rotation: (P,P) orthogonal, its rows in the order of the coordinates, or (G,Q,Q), one for each spatial block; None means the identity.
+            axes: (P,P), its rows in the order of the coordinates, or (G,Q,Q), one for each spatial block; None means the identity.
+            inverse_axes: the inverse of each; None means that the axes are orthogonal.
 
         Raises:
             CodebookError: P is not divisible by T, or no spatial blocks suit it (see `spatial_block`).
@@ -56,8 +70,9 @@ class LatentTransform(nn.Module):
         self.register_buffer("mean", mean.float())
         self.register_buffer("std", std.float())
         self.register_buffer("scale", torch.ones_like(self.mean) if scale is None else scale.float())
-        self.register_buffer("rotation", None if rotation is None else rotation.float())
-        self.block = None if rotation is None else spatial_block(tuple(mean.shape), tokens)  # type: ignore[arg-type]
+        self.register_buffer("axes", None if axes is None else axes.float())
+        self.register_buffer("inverse_axes", None if inverse_axes is None else inverse_axes.float())
+        self.block = None if axes is None else spatial_block(tuple(mean.shape), tokens)  # type: ignore[arg-type]
 
     def standardize(self, latents: Tensor) -> Tensor:
         """(B,C,H,W) raw -> (B,C,H,W) with mean 0 and deviation 1 at each position over the train split."""
@@ -72,40 +87,26 @@ class LatentTransform(nn.Module):
         last = self.tokens if last is None else last
         dims = self.mean.numel() // self.tokens
         scaled = standardised * self.scale
-        if self.rotation is None:
+        if self.axes is None:
             return scaled.flatten(1)[:, first * dims : last * dims].unflatten(1, (last - first, dims))
-        blocks, rotation = self.to_blocks(scaled), self._rotations()
-        each = self.tokens // len(rotation)
+        assert self.block is not None
+        blocks, axes = cut_into_blocks(scaled, self.block), _by_block(self.axes)
+        each = self.tokens // len(axes)
         parts = []
         for block in range(first // each, math.ceil(last / each)):
             rows = slice(max(0, first - block * each) * dims, min(each, last - block * each) * dims)
-            parts.append(blocks[:, block] @ rotation[block, rows].T)
+            parts.append(blocks[:, block] @ axes[block, rows].T)
         return torch.cat(parts, 1).unflatten(1, (last - first, dims))
 
     def from_coordinates(self, coordinates: Tensor) -> Tensor:
         """Coordinates (B,T,D) -> standardised latents (B,C,H,W)."""
-        if self.rotation is None:
+        if self.axes is None:
             return coordinates.flatten(1).unflatten(1, self.mean.shape) / self.scale
-        rotation = self._rotations()
-        rotated = coordinates.flatten(1).unflatten(1, rotation.shape[:2])
-        return self._from_blocks(torch.stack([rotated[:, block] @ matrix for block, matrix in enumerate(rotation)], 1)) / self.scale
-
-    def to_blocks(self, latents: Tensor) -> Tensor:
-        """(B,C,H,W) -> (B,G,Q): the spatial blocks row by row, each flattened in the order channel, row, column."""
         assert self.block is not None
-        return cut_into_blocks(latents, self.block)
-
-    def _from_blocks(self, blocks: Tensor) -> Tensor:
-        """(B,G,Q) -> (B,C,H,W), the inverse of `to_blocks`."""
-        assert self.block is not None
-        (channels, height, width), (rows, columns) = self.mean.shape, self.block
-        grid = blocks.reshape(len(blocks), height // rows, width // columns, channels, rows, columns)
-        return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(blocks), channels, height, width)
-
-    def _rotations(self) -> Tensor:
-        """(G,Q,Q)."""
-        assert self.rotation is not None
-        return self.rotation if self.rotation.ndim == 3 else self.rotation.unsqueeze(0)
+        back = _by_block(self.axes).mT if self.inverse_axes is None else _by_block(self.inverse_axes)
+        flat = coordinates.flatten(1).unflatten(1, back.shape[:2])
+        blocks = torch.stack([flat[:, block] @ matrix.T for block, matrix in enumerate(back)], 1)
+        return join_blocks(blocks, self.block, self.mean.shape) / self.scale
 
     def forward(self, latents: Tensor) -> Tensor:
         """Raw latents (B,C,H,W) -> coordinates (B,T,D)."""
@@ -145,12 +146,28 @@ def cut_into_blocks(latents: Tensor, block: tuple[int, int]) -> Tensor:
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * rows * columns)
 
 
-def blank_rotation(shape: tuple[int, int, int], tokens: int) -> Tensor:
-    """A rotation of the shape that latents (C,H,W) and T tokens need, to load one into: (P,P), or (G,Q,Q) with blocks."""
-    rows, columns = spatial_block(shape, tokens)
-    positions = shape[0] * rows * columns
-    blocks = math.prod(shape) // positions
-    return torch.zeros(positions, positions) if blocks == 1 else torch.zeros(blocks, positions, positions)
+def join_blocks(blocks: Tensor, block: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+    """(B,G,Q) -> (B,C,H,W) of `shape` (C,H,W); the inverse of `cut_into_blocks`."""
+    (channels, height, width), (rows, columns) = shape, block
+    grid = blocks.reshape(len(blocks), height // rows, width // columns, channels, rows, columns)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(blocks), channels, height, width)
+
+
+def _by_block(matrices: Tensor) -> Tensor:
+    """(G,Q,Q), of a matrix or of several."""
+    return matrices if matrices.ndim == 3 else matrices.unsqueeze(0)
+
+
+def blank_transform(shape: tuple[int, int, int], tokens: int, kind: str) -> LatentTransform:
+    """A transform of that kind for latents (C,H,W), with tensors of the right shapes to load values into."""
+    axes = None
+    if kind != "standardize":
+        rows, columns = spatial_block(shape, tokens)
+        positions = shape[0] * rows * columns
+        blocks = math.prod(shape) // positions
+        axes = torch.zeros(positions, positions) if blocks == 1 else torch.zeros(blocks, positions, positions)
+    inverse = torch.zeros_like(axes) if axes is not None and kind == "decoder" else None
+    return LatentTransform(mean=torch.zeros(shape), std=torch.ones(shape), tokens=tokens, axes=axes, inverse_axes=inverse)
 
 
 def standard_deviation(variance: Tensor) -> Tensor:
@@ -207,17 +224,41 @@ def stationary_part(covariance: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return result.reshape(covariance.shape)
 
 
-def fit_rotation(covariance: Tensor, tokens: int, bits: float) -> Tensor:
-    """(Q,Q) covariance -> (Q,Q) float32 orthogonal: its principal axes, dealt out to T tokens that need equally many bits.
+def fit_axes(covariance: Tensor, tokens: int, bits: float, metric: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The axes of a block and their inverse, (Q,Q) float32 each: principal axes in the metric, dealt out to T tokens that need equally many bits.
 
     Args:
-        covariance: of the coordinates before the rotation; may be singular.
+        covariance: (Q,Q) of what the axes will be applied to; may be singular.
         tokens: T, how many tokens share the axes.
         bits: of all those tokens together, T*log2(K).
+        metric: (Q,Q), diagonal about 1, positive semidefinite or nearly: an error e costs e^T metric e. None means the identity; then the axes are
+            orthogonal, and their inverse is None.
     """
+    root = None if metric is None else _root_of(metric)
+    if root is not None:
+        covariance = root.T @ covariance @ root
     values, vectors = torch.linalg.eigh(covariance)
-    order = allocate_axes(values.tolist(), tokens, bits)
-    return vectors.T[torch.tensor(order, device=vectors.device)].float().contiguous()
+    order = torch.tensor(allocate_axes(values.tolist(), tokens, bits), device=vectors.device)
+    rotation = vectors.T[order]
+    if root is None:
+        return rotation.float().contiguous(), None
+    inverse = torch.linalg.solve_triangular(root.T, rotation.T, upper=True)
+    return (rotation @ root.T).float().contiguous(), inverse.float().contiguous()
+
+
+def _root_of(metric: Tensor) -> Tensor:
+    """Lower triangular L with L L^T = metric + a small multiple of the identity, for errors in directions that the metric ignores.
+
+    The stationary part of a covariance may have eigenvalues a little below zero, so that the multiple has to grow.
+    """
+    assert bool(torch.isfinite(metric).all())
+    identity = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    ridge = _SMALLEST_METRIC
+    while True:
+        root, failed = torch.linalg.cholesky_ex(metric + ridge * identity)
+        if not bool(failed):
+            return root
+        ridge *= 2
 
 
 def allocate_axes(variances: Iterable[float], tokens: int, bits: float) -> list[int]:

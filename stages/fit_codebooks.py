@@ -36,7 +36,7 @@ from ..models.transform import (
     Covariance,
     LatentTransform,
     cut_into_blocks,
-    fit_rotation,
+    fit_axes,
     scale_from_sensitivity,
     spatial_block,
     standard_deviation,
@@ -208,64 +208,74 @@ def _make_transform(
         return
     mean = torch.from_numpy(split.mean).float()
     std = standard_deviation(torch.from_numpy(split.variance)).float()
-    tensors: dict[str, Tensor] = {}
-    scale = None
-    if vae is not None:
-        tensors["sensitivity"] = yield from _calibrate(config, latents, std, vae)
-        scale = scale_from_sensitivity(tensors["sensitivity"])
+    gradients = None if vae is None else (yield from _calibrate(config, latents, std, vae))
     if ranks.rank() == 0:
-        transform = LatentTransform(mean=mean, std=std, tokens=config.tokens, scale=scale)
+        plain = LatentTransform(mean=mean, std=std, tokens=config.tokens)
+        tensors: dict[str, Tensor] = {}
+        if gradients is not None:
+            tensors["sensitivity"] = gradients.square().mean(0)
+            plain.scale = scale_from_sensitivity(tensors["sensitivity"])
+            gradients /= plain.scale
         if config.transform != "standardize":
-            rotation = yield from _fit_rotation(config, latents, transform.to(latents.device))
-            transform = LatentTransform(mean=mean, std=std, tokens=config.tokens, scale=scale, rotation=rotation)
-        write_bytes(partial / _TRANSFORM_NAME, save({**transform.cpu().state_dict(), **tensors}))
+            tensors |= yield from _fit_axes(config, latents, plain.to(latents.device), gradients)
+        write_bytes(partial / _TRANSFORM_NAME, save({**plain.cpu().state_dict(), **tensors}))
     ranks.barrier()
 
 
 def _load_transform(config: FitCodebooksConfig, partial: Path) -> tuple[LatentTransform, Tensor | None]:
     tensors = load_file(partial / _TRANSFORM_NAME)
-    parts = {name: tensors.get(name) for name in ("mean", "std", "scale", "rotation")}
+    parts = {name: tensors.get(name) for name in ("mean", "std", "scale", "axes", "inverse_axes")}
     return LatentTransform(**parts, tokens=config.tokens), tensors.get("sensitivity")  # type: ignore[arg-type]
 
 
-def _fit_rotation(config: FitCodebooksConfig, latents: ResidentLatents, transform: LatentTransform) -> Generator[Event, None, Tensor]:
-    """(P,P), or (G,Q,Q) with spatial blocks: a covariance and its axes for one block after the other, so that memory holds one."""
-    shape = tuple(transform.mean.shape)
+def _fit_axes(
+    config: FitCodebooksConfig, latents: ResidentLatents, plain: LatentTransform, gradients: Tensor | None
+) -> Generator[Event, None, dict[str, Tensor]]:
+    """`axes` (P,P), or (G,Q,Q) with spatial blocks, and `inverse_axes` where they are not orthogonal: one block after the other, so that memory holds
+    the covariance of one. `gradients` (n,C,H,W) of the decoder, in the coordinates that the axes start from, make the metric."""
+    shape = tuple(plain.mean.shape)
     rows, columns = block = spatial_block(shape, config.tokens)  # type: ignore[arg-type]
-    count = shape[1] // rows * (shape[2] // columns)
-    tokens = config.tokens // count
-    rotations = []
-    yield Begin(task="covariance", total=count * len(latents), unit="latents")
-    for number in range(count):
-        covariance = Covariance((shape[0], rows, columns), latents.device)
+    block_shape = (shape[0], rows, columns)
+    blocks = plain.mean.numel() // math.prod(block_shape)
+    tokens = config.tokens // blocks
+    made: dict[str, list[Tensor]] = {"axes": [], "inverse_axes": []}
+    yield Begin(task="covariance", total=blocks * len(latents), unit="latents")
+    for number in range(blocks):
+        covariance, metric = Covariance(block_shape, latents.device), Covariance(block_shape, latents.device)
         for batch in torch.arange(len(latents)).split(_BATCH):
-            scaled = transform.standardize(latents.batch(batch)) * transform.scale
-            covariance.add(cut_into_blocks(scaled, block)[:, number].unflatten(1, covariance.shape))
+            scaled = plain.standardize(latents.batch(batch)) * plain.scale
+            covariance.add(cut_into_blocks(scaled, block)[:, number].unflatten(1, block_shape))
             yield Advance(done=number * len(latents) + int(batch[-1]) + 1)
-        rotations.append(fit_rotation(covariance.shrunk(), tokens, tokens * math.log2(config.codes)).cpu())
-    return rotations[0] if count == 1 else torch.stack(rotations)
+        for part in () if gradients is None else gradients.split(_BATCH):
+            metric.add(cut_into_blocks(part.to(latents.device), block)[:, number].unflatten(1, block_shape))
+        bits = tokens * math.log2(config.codes)
+        fitted = fit_axes(covariance.shrunk(), tokens, bits, None if gradients is None else metric.shrunk())
+        for name, matrix in zip(made, fitted, strict=True):
+            made[name] += [] if matrix is None else [matrix.cpu()]
+    return {name: torch.stack(matrices) if blocks > 1 else matrices[0] for name, matrices in made.items() if matrices}
 
 
 def _calibrate(config: FitCodebooksConfig, latents: ResidentLatents, std: Tensor, vae: FrozenVAE) -> Generator[Event, None, Tensor]:
-    """h = E[(J^T v)^2] for standardised latents: v are random signs on the decoded values, one per cached latent drawn.
+    """(n,C,H,W) gradients J^T v of standardised latents: v are random signs on the decoded values, one per cached latent drawn.
 
-    Each rank takes every world_size-th batch; the sums of batches are added in their order, so that the ranks' number does not show.
+    Their mean outer product is E[J^T J], the metric in which an error of the latent is the squared change of the picture.
+    Each rank takes every world_size-th batch. Memory on the CPU: all of them in float32.
     """
     std = std.to(latents.device)
     draws = torch.randint(len(latents), (config.calibration_samples,), generator=torch.Generator().manual_seed(config.seed)).split(16)
     yield Begin(task="decoder sensitivity", total=config.calibration_samples, unit="products")
-    sums, done = {}, 0
+    mine, done = {}, 0
     for number in range(ranks.rank(), len(draws), ranks.world_size()):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
         standardised = (latents.batch(draws[number]) / std).requires_grad_()
         pixels = vae.decode(standardised * std)
         signs = torch.randint(0, 2, pixels.shape, generator=generator).to(pixels) * 2 - 1
         (gradient,) = torch.autograd.grad((pixels * signs).sum(), standardised)
-        sums[number] = gradient.square().sum(0).cpu()
+        mine[number] = gradient.cpu()
         done += len(draws[number]) * ranks.world_size()
         yield Advance(done=min(done, config.calibration_samples))
-    gathered = {number: value for part in ranks.gather(sums) for number, value in part.items()}
-    return torch.stack([gathered[number] for number in range(len(draws))]).sum(0) / config.calibration_samples
+    gathered = {number: value for part in ranks.gather(mine) for number, value in part.items()}
+    return torch.cat([gathered[number] for number in range(len(draws))])
 
 
 def sensitivity_table(sensitivity: Tensor, transform: LatentTransform) -> str:

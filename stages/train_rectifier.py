@@ -398,7 +398,6 @@ def _build_tokenizer(config: TrainRectifierConfig, inputs: _Inputs, state: Train
             "resize_filter": encoding.resize_filter,
             "crop": encoding.crop,
             "transform": fitted.identity["transform"],
-            "rotated": fitted.transform.rotation is not None,
             "rectifier": state.rectifier.settings if config.width else None,
             "vae": encoding.vae,
             "store_fingerprint": inputs.store.fingerprint,

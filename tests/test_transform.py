@@ -15,8 +15,8 @@ from revq.models.transform import (
     Covariance,
     LatentTransform,
     allocate_axes,
-    blank_rotation,
-    fit_rotation,
+    blank_transform,
+    fit_axes,
     scale_from_sensitivity,
     spatial_block,
     standard_deviation,
@@ -41,9 +41,7 @@ def full_transform(tokens: int = 6) -> LatentTransform:
     )
     covariance = Covariance(SHAPE)
     covariance.add(plain.standardize(latents) * plain.scale)
-    return LatentTransform(
-        mean=plain.mean, std=plain.std, scale=plain.scale, tokens=tokens, rotation=fit_rotation(covariance.shrunk(), tokens, bits=96)
-    )
+    return LatentTransform(mean=plain.mean, std=plain.std, scale=plain.scale, tokens=tokens, axes=fit_axes(covariance.shrunk(), tokens, bits=96)[0])
 
 
 def test_the_inverse_gives_the_latent_back() -> None:
@@ -75,10 +73,10 @@ def test_pca_coordinates_are_uncorrelated_and_tokens_share_the_variance_fairly()
     assert float(products.max() - products.min()) < 0.2 * float(in_order.max() - in_order.min())
 
 
-def test_a_rotation_keeps_squared_error_the_same() -> None:
+def test_axes_without_a_metric_keep_squared_error_the_same() -> None:
     transform = full_transform()
-    assert transform.rotation is not None
-    assert torch.allclose(transform.rotation @ transform.rotation.T, torch.eye(24), atol=1e-5)
+    assert transform.axes is not None
+    assert torch.allclose(transform.axes @ transform.axes.T, torch.eye(24), atol=1e-5)
 
 
 @settings(max_examples=50, deadline=None)
@@ -103,14 +101,14 @@ def test_axes_too_small_for_a_bit_do_not_make_room_for_more_large_ones_in_a_toke
 
 
 def test_latents_that_never_vary_still_get_an_orthogonal_rotation() -> None:
-    rotation = fit_rotation(torch.zeros(24, 24, dtype=torch.float64), 6, bits=24)
+    rotation, _ = fit_axes(torch.zeros(24, 24, dtype=torch.float64), 6, bits=24)
     assert torch.allclose(rotation @ rotation.T, torch.eye(24), atol=1e-6)
 
 
 def test_a_singular_covariance_gives_an_orthogonal_rotation_with_its_axes_first_in_the_tokens() -> None:
     vectors = torch.randn(24, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     covariance = vectors @ vectors.T
-    rotation = fit_rotation(covariance, 6, bits=24).double()
+    rotation = fit_axes(covariance, 6, bits=24)[0].double()
     assert torch.allclose(rotation @ rotation.T, torch.eye(24, dtype=torch.float64), atol=1e-5)
     variances = (rotation @ covariance @ rotation.T).diagonal().reshape(6, 4)
     assert int((variances > 1e-6 * variances.max()).sum(1).max()) == 1
@@ -120,20 +118,48 @@ BIG = (4, 6, 8)
 
 
 def blocks_transform(monkeypatch: pytest.MonkeyPatch, tokens: int = 24) -> LatentTransform:
-    """A transform of P = 192 in blocks of at most 100 positions: four of (4,3,4) = 48, or so."""
+    """A transform of P = 192 in two blocks of (4,6,4), with axes that are not orthogonal."""
     monkeypatch.setattr("revq.models.transform.MAX_DENSE_POSITIONS", 100)
     generator = torch.Generator().manual_seed(3)
-    blank = blank_rotation(BIG, tokens)
-    rotation = torch.stack([torch.linalg.qr(torch.randn(*matrix.shape, generator=generator)).Q for matrix in blank])
+    transform = blank_transform(BIG, tokens, "decoder")
+    assert transform.axes is not None
+    axes = torch.stack([torch.eye(len(matrix)) + 0.03 * torch.randn(*matrix.shape, generator=generator) for matrix in transform.axes])
     scale, mean = (torch.rand(BIG, generator=generator) + 0.5 for _ in range(2))
-    return LatentTransform(mean=mean, std=torch.full(BIG, 2.0), tokens=tokens, scale=scale, rotation=rotation)
+    values = {"mean": mean, "std": torch.full(BIG, 2.0), "scale": scale, "axes": axes, "inverse_axes": torch.linalg.inv(axes)}
+    transform.load_state_dict(values)
+    return transform
+
+
+def test_in_a_metric_squared_error_of_coordinates_is_the_metrics() -> None:
+    generator = torch.Generator().manual_seed(8)
+    mixing = torch.randn(24, 24, generator=generator, dtype=torch.float64) / 5 + torch.eye(24)
+    metric = mixing @ mixing.T
+    covariance = torch.cov(correlated_latents(2000).flatten(1).T.double())
+    axes, inverse = fit_axes(covariance, 6, 96, metric)
+    assert inverse is not None
+    transform = LatentTransform(mean=torch.zeros(SHAPE), std=torch.ones(SHAPE), tokens=6, axes=axes, inverse_axes=inverse)
+    first, second = torch.randn(2, 7, *SHAPE, generator=generator)
+    error = (first - second).flatten(1).double()
+    expected = torch.einsum("bp,pq,bq->b", error, metric, error) + 0.01 * error.square().sum(1)
+    assert torch.allclose((transform(first) - transform(second)).square().sum((1, 2)).double(), expected, rtol=1e-4)
+    assert torch.allclose(transform.inverse(transform(first)), first, atol=1e-4)
+    spread = axes.double() @ covariance @ axes.T.double()
+    assert float((spread - torch.diag(spread.diagonal())).abs().max()) < 1e-4 * float(spread.diagonal().max())
+
+
+def test_a_metric_with_eigenvalues_below_zero_still_gives_axes_that_can_be_undone() -> None:
+    metric = 0.5 * torch.eye(24, dtype=torch.float64) + 0.5 - 0.6 * torch.diag(torch.tensor([1.0] + [0.0] * 23, dtype=torch.float64))
+    assert float(torch.linalg.eigvalsh(metric).min()) < 0
+    axes, inverse = fit_axes(torch.eye(24, dtype=torch.float64), 6, 24, metric)
+    assert inverse is not None
+    assert torch.allclose(axes @ inverse, torch.eye(24), atol=1e-4)
 
 
 def test_with_spatial_blocks_there_and_back_is_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     transform = blocks_transform(monkeypatch)
     latents = torch.randn(5, *BIG, generator=torch.Generator().manual_seed(4))
-    assert transform.rotation is not None
-    assert transform.rotation.shape == (2, 96, 96)
+    assert transform.axes is not None
+    assert transform.axes.shape == (2, 96, 96)
     assert torch.allclose(transform.inverse(transform(latents)), latents, atol=1e-5)
     coordinates = torch.randn(5, 24, 8, generator=torch.Generator().manual_seed(5))
     assert torch.allclose(transform(transform.inverse(coordinates)), coordinates, atol=1e-5)
