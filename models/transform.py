@@ -18,7 +18,9 @@ from ..errors import CodebookError
 KINDS = ("decoder", "pca", "standardize")
 MAX_DENSE_POSITIONS = 4096
 _SMALLEST_SCALE = 1e-2
-_SMALLEST_METRIC = 1e-2  # added to the metric's diagonal, whose mean is 1: an error that the decoder ignores still counts for something
+# In the metric of mean diagonal 1, what any direction counts at least: one that the decoder ignores must still be decoded from its code, and the
+# stationary part of a metric from samples may have eigenvalues a little below zero.
+_SMALLEST_METRIC = 1e-2
 
 
 class LatentTransform(nn.Module):
@@ -234,31 +236,18 @@ def fit_axes(covariance: Tensor, tokens: int, bits: float, metric: Tensor | None
         metric: (Q,Q), diagonal about 1, positive semidefinite or nearly: an error e costs e^T metric e. None means the identity; then the axes are
             orthogonal, and their inverse is None.
     """
-    root = None if metric is None else _root_of(metric)
-    if root is not None:
+    if metric is not None:
+        weights, directions = torch.linalg.eigh(metric)
+        root = directions * weights.clamp_min(_SMALLEST_METRIC).sqrt()  # root @ root.T is the metric
         covariance = root.T @ covariance @ root
     values, vectors = torch.linalg.eigh(covariance)
     order = torch.tensor(allocate_axes(values.tolist(), tokens, bits), device=vectors.device)
     rotation = vectors.T[order]
-    if root is None:
+    if metric is None:
         return rotation.float().contiguous(), None
-    inverse = torch.linalg.solve_triangular(root.T, rotation.T, upper=True)
+    # The inverse of rotation @ root.T: the columns of root are orthogonal.
+    inverse = root / root.square().sum(0) @ rotation.T
     return (rotation @ root.T).float().contiguous(), inverse.float().contiguous()
-
-
-def _root_of(metric: Tensor) -> Tensor:
-    """Lower triangular L with L L^T = metric + a small multiple of the identity, for errors in directions that the metric ignores.
-
-    The stationary part of a covariance may have eigenvalues a little below zero, so that the multiple has to grow.
-    """
-    assert bool(torch.isfinite(metric).all())
-    identity = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-    ridge = _SMALLEST_METRIC
-    while True:
-        root, failed = torch.linalg.cholesky_ex(metric + ridge * identity)
-        if not bool(failed):
-            return root
-        ridge *= 2
 
 
 def allocate_axes(variances: Iterable[float], tokens: int, bits: float) -> list[int]:
