@@ -37,7 +37,7 @@ from ..errors import CodebookError, ConfigError, MismatchError, TrainingError
 from ..files import claim_output, replacing, sha256_file
 from ..models.codebooks import CODEBOOKS_NAME, Codebooks, load_codebooks
 from ..models.device import pick_device
-from ..models.quantizer import MultiGroupQuantizer, code_counts
+from ..models.quantizer import MultiGroupQuantizer, code_counts, reset_unused
 from ..models.rectifier import BLOCKS, Rectifier, parameter_count, update_average
 from ..models.tokenizer import FORMAT_VERSION, TOKENIZER_KIND, ReVQTokenizer
 from ..models.transform import LatentTransform
@@ -257,21 +257,8 @@ def _update(config: TrainRectifierConfig, inputs: _Inputs, state: TrainState, lo
     state.step += 1
     update_average(state.average, state.rectifier, config.ema, state.step)
     if not frozen and state.step % inputs.steps_per_epoch(config.batch_size) == 0:
-        _reset_unused(state, config.seed)
-
-
-@torch.no_grad()
-def _reset_unused(state: TrainState, seed: int, share: float = 0.2, noise: float = 0.1) -> None:
-    """The paper's non-activation reset: up to `share` of K unused codes move beside the most used codes of their codebook."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + state.step)
-    codebooks = state.quantizer.codebooks
-    limit = int(share * codebooks.shape[1])
-    for token in (state.counts == 0).any(1).nonzero().flatten().tolist():
-        unused = (state.counts[token] == 0).nonzero().flatten()[:limit]
-        most_used = state.counts[token].argsort(descending=True, stable=True)[: len(unused)]
-        shift = noise * torch.randn(len(unused), codebooks.shape[2], generator=generator)
-        codebooks[token, unused] = codebooks[token, most_used] + shift.to(codebooks)
-    state.counts.zero_()
+        reset_unused(state.quantizer.codebooks, state.counts, seed=config.seed * 1_000_003 + state.step)
+        state.counts.zero_()
 
 
 def _batch_index(config: TrainRectifierConfig, inputs: _Inputs, step: int) -> Tensor:
@@ -411,7 +398,6 @@ def _build_tokenizer(config: TrainRectifierConfig, inputs: _Inputs, state: Train
             "resize_filter": encoding.resize_filter,
             "crop": encoding.crop,
             "transform": fitted.identity["transform"],
-            "rotated": fitted.transform.rotation is not None,
             "rectifier": state.rectifier.settings if config.width else None,
             "vae": encoding.vae,
             "store_fingerprint": inputs.store.fingerprint,

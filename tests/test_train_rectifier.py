@@ -16,7 +16,6 @@ import torch
 from revq import LatentStore, ReVQTokenizer
 from revq.errors import ConfigError, MismatchError, OutputError, TrainingError
 from revq.models.codebooks import load_codebooks
-from revq.stages.checkpoints import TrainState
 from revq.stages.events import Advance, Note, run_quietly
 from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
 
@@ -153,24 +152,6 @@ def test_a_batch_looked_up_in_the_token_table_equals_one_quantized_anew(small_st
 def test_without_a_validation_split_whole_images_are_held_out(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     result = run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", val_split="none")))
     assert result["validated_on"] == "last 2 % of train"
-
-
-def test_unused_codes_move_beside_used_ones(small_store: Path, small_codebooks: Path) -> None:
-    from revq.stages.train_rectifier import _new_state, _open_inputs, _reset_unused
-
-    fitted = load_codebooks(small_codebooks)
-    settings = config(small_store, small_codebooks, Path("unused"))
-    state: TrainState = _new_state(settings, _open_inputs(settings, LatentStore.open(small_store), fitted), fitted.codebooks)
-    state.counts.fill_(5)
-    state.counts[3, 10:] = 0
-    state.counts[3, 7] = 100
-    before = state.quantizer.codebooks.detach().clone()
-    _reset_unused(state, seed=0)
-    moved = (state.quantizer.codebooks.detach() != before).any(2)
-    assert moved.sum() == 6  # 20 % of 32
-    assert moved[3, 10:16].all()
-    assert float((state.quantizer.codebooks[3, 10] - before[3, 7]).detach().norm()) < 1
-    assert not state.counts.any()
 
 
 def test_a_loss_that_is_not_finite_stops_before_weights_change_and_names_the_step(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
