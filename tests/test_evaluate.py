@@ -24,9 +24,10 @@ from revq.errors import ConfigError, ImageError, MismatchError, OutputError, Rev
 from revq.models.tokenizer import TOKENIZER_KIND, ReVQTokenizer
 from revq.models.transform import LatentTransform
 from revq.models.vae import FrozenVAE
-from revq.stages.evaluate import EvaluateConfig, draw_grid, evaluate
+from revq.stages.evaluate import EvaluateConfig, evaluate
 from revq.stages.events import Advance, Begin, Event, Note, Result, run_quietly
-from revq.stages.metrics import ROWS, load_inception, to_signed, to_uint8
+from revq.stages.metrics import METRICS, ROWS, to_signed, to_uint8
+from revq.stages.pictures import draw_grid
 
 SIZE = 64
 TOKENS, CODES = 512, 24
@@ -74,6 +75,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, taef2: str, image
 def empty_torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No metric weights, whatever this machine has in its cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "torch-home"
 
 
@@ -85,7 +87,7 @@ def flat_folder(folder: Path, imagenet_sample: Path, count: int) -> Path:
 
 
 def config_for(tokenizer: Path, images: Path | str, out: Path, **settings: Any) -> EvaluateConfig:
-    return EvaluateConfig(**{"tokenizer": str(tokenizer), "images": str(images), "out": str(out), "download": False, "device": "cpu", **settings})
+    return EvaluateConfig(**{"tokenizer": str(tokenizer), "images": str(images), "out": str(out), "download": False, "device": "cpu", "tolerance_images": 0, **settings})
 
 
 def events_of(config: EvaluateConfig) -> tuple[list[Event], dict[str, Any]]:
@@ -124,7 +126,7 @@ def test_metrics_json_has_the_contracts_fields_and_no_infinity(tokenizer_folder:
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert value == {**metrics, "out": str(tmp_path / "out"), "report": str(tmp_path / "out" / "report.html")}
     assert tuple(metrics["rows"]) == ROWS
-    assert all(tuple(row) == ("rfid", "psnr_db", "ssim", "lpips_alex") for row in metrics["rows"].values())
+    assert all(tuple(row) == METRICS for row in metrics["rows"].values())
     assert metrics["rows"]["original"]["psnr_db"] is None
     assert metrics["rows"]["original"]["ssim"] == pytest.approx(1, abs=1e-5)
     assert metrics["notes"]["psnr_db"] == "original: identical images: PSNR is infinite"
@@ -143,7 +145,8 @@ def test_metrics_without_weights_are_null_with_the_reason_and_the_command(tokeni
     images = flat_folder(tmp_path / "images", imagenet_sample, 2)
     events, value = events_of(config_for(tokenizer_folder, images, tmp_path / "out"))
     warned = " ".join(event.text for event in events if isinstance(event, Note) and event.warning)
-    for metric, file in (("rfid", "weights-inception-2015-12-05-6726825d.pth"), ("lpips_alex", "alexnet-owt-7be5be79.pth")):
+    files = {"rfid": "weights-inception-2015-12-05-6726825d.pth", "lpips_alex": "alexnet-owt-7be5be79.pth", "lpips_vgg": "vgg16-397923af.pth"}
+    for metric, file in files.items():
         assert all(row[metric] is None for row in value["rows"].values())
         assert f"curl -L --create-dirs -o {tmp_path}/torch-home/hub/checkpoints/{file} https://" in value["notes"][metric]
         assert value["notes"][metric] in warned
@@ -160,7 +163,7 @@ def test_rfid_and_lpips_come_once_their_weights_are_there(
     value = run_quietly(evaluate(config))
 
     original = load_images(images, 4)
-    direct = FrechetInceptionDistance(feature=load_inception(inception, torch.device("cpu")))
+    direct = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(inception), antialias=False)
     direct.update(original, real=True)
     direct.update(to_uint8(ReVQTokenizer.from_pretrained(tokenizer_folder).reconstruct(to_signed(original))), real=False)
     assert value["rows"]["rectified"]["rfid"] == pytest.approx(direct.compute().item(), rel=1e-3)
@@ -171,7 +174,7 @@ def test_rfid_and_lpips_come_once_their_weights_are_there(
     )
     assert "over 4 images" in value["notes"]["rfid"]
     assert "other weights than the published ones" in value["notes"]["rfid"]
-    assert len(value["protocol"]["rfid"]["weights_sha256"]) == 64
+    assert len(value["protocol"]["weights"]["rfid"]["sha256"]) == 64
 
     assert any("nothing to do" in event.text for event in evaluate(config) if isinstance(event, Note))
     torch.save(torch.load(inception), tmp_path / "again.pth", _use_new_zipfile_serialization=False)
@@ -299,7 +302,9 @@ class WrongSetting:
 
 
 WRONG_SETTINGS = [
-    WrongSetting("adm is for later", {"protocol": "adm"}, 'protocol must be "revq", which is the only one so far'),
+    WrongSetting("protocol", {"protocol": "clean"}, "protocol must be one of revq, adm, not 'clean'"),
+    WrongSetting("precision", {"precision": "fp16"}, "precision must be one of fp32, bf16, not 'fp16'"),
+    WrongSetting("tolerance", {"tolerance_images": -1}, "tolerance_images must be at least 0"),
     WrongSetting("batch size", {"batch_size": 0}, "batch_size must be at least 1, not 0"),
     WrongSetting("workers", {"workers": 0}, "workers must be at least 1, not 0"),
     WrongSetting("limit", {"limit": 0}, "limit must be at least 1"),
@@ -327,5 +332,5 @@ def test_the_pictures_are_spread_over_the_whole_set(tokenizer_folder: Path, imag
     images = flat_folder(tmp_path / "images", imagenet_sample, 15)
     (images / "00.jpg").write_bytes(b"no picture")
     pictures = run_quietly(evaluate(config_for(tokenizer_folder, images, tmp_path / "out", batch_size=4)))["pictures"]
-    assert pictures["keys"] == ["01.jpg", "02.jpg", "04.jpg", "06.jpg", "08.jpg", "10.jpg", "12.jpg", "14.jpg"]
+    assert pictures["keys"] == ["01.jpg", "03.jpg", "05.jpg", "07.jpg", "08.jpg", "10.jpg", "12.jpg", "14.jpg"]
     assert len(pictures["top"]) == len(pictures["psnr_db"]) == 8
