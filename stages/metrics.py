@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.quantizer import code_counts, perplexity, usage
-from .networks import FEATURES, Lpips, full_float32
+from .networks import FEATURES, Lpips
 
 ROWS = ("original", "vae", "quantized", "rectified")
 IMAGE_METRICS = ("psnr_db", "ssim", "lpips_alex", "lpips_vgg")
@@ -43,13 +43,13 @@ def score_images(rows: Mapping[str, Tensor], reference: Tensor, lpips: Mapping[s
     Args:
         lpips: networks by name of their metric; NaN stands for a metric that has none. PSNR of equal pictures is infinite.
     """
-    theirs = reference.float() / 255
-    with full_float32(reference.device):
-        moments = _local_moments(theirs)
-        scores = {}
-        for row, images in rows.items():
-            ours = images.float() / 255
-            scores[row] = {"psnr_db": psnr_db(images, reference), "ssim": _ssim(ours, theirs, _local_moments(ours), moments)}
+    # In flat and dark places SSIM's variances cancel: in float32 the mean over an image is off by 1e-5. MPS has no float64.
+    theirs = reference.to(torch.float32 if reference.device.type == "mps" else torch.float64) / 255
+    moments = _local_moments(theirs)
+    scores = {}
+    for row, images in rows.items():
+        ours = images.to(theirs) / 255
+        scores[row] = {"psnr_db": psnr_db(images, reference), "ssim": _ssim(ours, theirs, _local_moments(ours), moments)}
     for name in ("lpips_alex", "lpips_vgg"):
         network = lpips.get(name)
         nothing = torch.full((len(reference),), math.nan)
@@ -67,7 +67,10 @@ def psnr_db(images: Tensor, reference: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) of images in [0,1], (B,3,S,S) twice -> (B,): torchmetrics' definition, border reflected."""
+    """Structural similarity (Wang et al. 2004) of images in [0,1], (B,3,S,S) twice -> (B,): torchmetrics' definition, border reflected.
+
+    float64 in, float64 out.
+    """
     return _ssim(images, reference, _local_moments(images), _local_moments(reference))
 
 
@@ -88,21 +91,21 @@ def _local_moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def _blur(images: Tensor) -> Tensor:
     """The Gaussian window along rows and columns, as two products with a band matrix: several times faster than a convolution on a CPU."""
-    rows, columns = (_window(side, images.device) for side in images.shape[-2:])
+    rows, columns = (_window(side, images.device, images.dtype) for side in images.shape[-2:])
     return rows @ images @ columns.T
 
 
 @lru_cache(maxsize=4)
-def _window(side: int, device: torch.device) -> Tensor:
+def _window(side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(side,side): each row holds the window around one pixel, its part beyond the border reflected."""
     reach = _WINDOW_PX // 2
-    offsets = torch.arange(-reach, reach + 1, dtype=torch.float32)
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
     weights = torch.exp(-((offsets / _WINDOW_SIGMA) ** 2) / 2)
     weights /= weights.sum()
     pixel = torch.arange(side).unsqueeze(1) + torch.arange(-reach, reach + 1)
     pixel = (side - 1) - ((side - 1) - pixel.abs()).abs()
-    matrix = torch.zeros(side, side)
-    return matrix.scatter_add_(1, pixel, weights.expand(side, -1)).to(device)
+    matrix = torch.zeros(side, side, dtype=torch.float64)
+    return matrix.scatter_add_(1, pixel, weights.expand(side, -1)).to(device=device, dtype=dtype)
 
 
 class CodebookUsage:

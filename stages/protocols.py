@@ -39,7 +39,7 @@ class Protocol:
     feature_precision: str = "float32 network (no TF32), float64 moments"
     inception_score: str = "exp of the mean KL divergence of the 1008 unbiased logits, 10 splits shuffled with seed 2020"
     psnr_db: str = "RGB in [0,1], each image, then the mean"
-    ssim: str = "RGB in [0,1], Gaussian window of sigma 1.5 and 11 px, each image, then the mean"
+    ssim: str = "RGB in [0,1], float64, Gaussian window of sigma 1.5 and 11 px, border reflected, each image, then the mean"
     lpips: str = "version 0.1, RGB in [-1,1], each image, then the mean"
 
     def describe(self) -> dict[str, Any]:
