@@ -23,7 +23,7 @@ from revq.pipeline.report import cut_tiles, headline_table, markdown_report, ver
 from revq.stages.metrics import ROWS
 from revq.stages.pictures import draw_grid
 
-VOID = {"meta", "img", "br", "link", "input", "line", "polyline", "circle"}
+VOID = {"meta", "img", "br", "link", "input", "line", "polyline"}
 METRICS: dict[str, Any] = {
     "protocol": {
         "name": "revq",
