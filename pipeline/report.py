@@ -198,9 +198,10 @@ def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
 
 def tolerance_table(tolerance: Mapping[str, Any]) -> list[list[str]]:
     """Noise against what it does, both kinds, then the tokenizer's own errors at their size in either measure."""
-    head = ["noise", "PSNR (dB)", "SSIM", "LPIPS-Alex", f"rFID@{tolerance['images']}"]
-    digits = {"psnr_db": 2, "ssim": 4, "lpips_alex": 4, "rfid": 2}
-    table = [head]
+    titles = {"psnr_db": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS-Alex", "rfid": f"rFID@{tolerance['images']}"}
+    measured = [metric for metric in titles if any(point.get(metric) is not None for point in tolerance["isotropic"])]
+    digits = {metric: 4 if metric in {"ssim", "lpips_alex"} else 2 for metric in measured}
+    table = [["noise", *(titles[metric] for metric in measured)]]
     for kind in ("isotropic", "decoder"):
         for point in tolerance.get(kind) or []:
             if point["noise"] == 0 and kind == "decoder":
