@@ -147,11 +147,18 @@ def _train_rectifier(
     width: Annotated[int, _method(help="Channels of the rectifier.")] = 512,
     depth: Annotated[int, _method(help="Blocks of the rectifier.")] = 3,
     ema: Annotated[float, _method(help="Decay of the averaged weights.")] = 0.999,
+    patience: Annotated[int | None, _method(help="Stop after so many evaluations that are no better.", show_default="off")] = None,
+    schedule: Annotated[str, _advanced(help="exponential, cosine, or constant: can be made longer.")] = "exponential",
     weight_decay: Annotated[float, _advanced(help="AdamW's, on the rectifier.")] = 1e-4,
     block: Annotated[str, _advanced(help="conv or efficientvit (the paper's).")] = "conv",
     finish_batch_size: Annotated[int, _advanced(help="Latents in a step of --finish-steps.")] = 32,
+    finish_lpips: Annotated[float, _advanced(help="Weight of LPIPS in --finish-steps.")] = 0.0,
     evaluations: Annotated[int, _advanced(help="How often to validate and save a checkpoint.")] = 20,
+    keep: Annotated[int, _advanced(help="Checkpoints kept besides the best.")] = 2,
+    previews: Annotated[int, _advanced(help="Latents decoded at each evaluation; needs the VAE.")] = 0,
+    wandb: Annotated[bool, _advanced("--wandb", help="Log to Weights & Biases too.")] = False,
     precision: Annotated[str, _machine(help="auto, bf16 or fp32.")] = "auto",
+    compile: Annotated[str, _machine(help="torch.compile: auto, on or off.")] = "auto",
     vae: OtherVAE = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
@@ -172,7 +179,8 @@ def _train_rectifier(
         config = TrainRectifierConfig(
             store=store, codebooks=codebooks, out=out, split=split, val_split=val_split, epochs=epochs, steps=steps, finish_steps=finish_steps,
             batch_size=batch_size, lr=lr, codebook_lr=codebook_lr, width=width, depth=depth, weight_decay=weight_decay, block=block,
-            finish_batch_size=finish_batch_size, evaluations=evaluations, precision=precision, ema=ema, seed=seed,
+            schedule=schedule, finish_batch_size=finish_batch_size, finish_lpips=finish_lpips, evaluations=evaluations, keep=keep,
+            patience=patience, previews=previews, wandb=wandb, precision=precision, compile=compile, ema=ema, seed=seed,
             device=device, vae=vae, overwrite=overwrite,
         )  # fmt: skip
         return train_rectifier(config)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,9 +20,11 @@ import torch
 from revq import LatentStore, ReVQTokenizer
 from revq.errors import ConfigError, MismatchError, OutputError, TrainingError
 from revq.models.codebooks import load_codebooks
-from revq.stages.checkpoints import TrainState
-from revq.stages.events import Advance, Note, run_quietly
-from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+from revq.stages import training_data
+from revq.stages.events import Advance, Event, Note, run_quietly
+from revq.stages.train_rectifier import TrainRectifierConfig, _prepare, _reset_unused, _step, train_rectifier
+from revq.stages.train_state import new_state
+from revq.stages.training_data import open_inputs
 
 SMALL = {"steps": 12, "batch_size": 16, "width": 32, "depth": 1, "evaluations": 4}
 
@@ -31,12 +37,21 @@ def weights(out: Path) -> bytes:
     return (out / "tokenizer" / "model.safetensors").read_bytes()
 
 
+def made_by(events: Generator[Event, None, Any]) -> Any:
+    """What a generator of events returns."""
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            return stop.value
+
+
 def test_a_run_leaves_a_tokenizer_metrics_checkpoints_and_tensorboard_events(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     result = run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run")))
     metrics = pq.read_table(tmp_path / "run" / "metrics.parquet").to_pydict()
     assert metrics["step"] == [0, 3, 6, 9, 12]
     assert metrics["val_mse_rectified"][-1] == result["val_mse_rectified"]
-    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-00000009.pt", "step-00000012.pt"]
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["best.pt", "step-00000009.pt", "step-00000012.pt"]
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
     assert ReVQTokenizer.from_pretrained(tmp_path / "run" / "tokenizer").fingerprint == result["fingerprint"]
 
@@ -128,26 +143,28 @@ def test_width_0_trains_the_codebooks_alone_and_gives_a_tokenizer_without_a_rect
 
 
 def test_an_epoch_sees_every_latent_once_and_each_epoch_has_its_own_order(small_store: Path, small_codebooks: Path) -> None:
-    from revq.stages.train_rectifier import _batch_index, _open_inputs
-
-    settings = config(small_store, small_codebooks, Path("unused"), batch_size=20, steps=100)
-    inputs = _open_inputs(settings, LatentStore.open(small_store), load_codebooks(small_codebooks))
-    epochs = [torch.cat([_batch_index(settings, inputs, step) for step in range(6 * epoch, 6 * epoch + 6)]) for epoch in (0, 1)]
+    inputs = open_inputs(config(small_store, small_codebooks, Path("unused")), LatentStore.open(small_store), load_codebooks(small_codebooks))
+    epochs = [torch.cat([inputs.positions(20, 7, step) for step in range(6 * epoch, 6 * epoch + 6)]) for epoch in (0, 1)]
     assert all(torch.equal(epoch.sort().values, torch.arange(120)) for epoch in epochs)
     assert not torch.equal(epochs[0], epochs[1])
-    assert torch.equal(_batch_index(settings, inputs, 3), epochs[0][60:80])
+    assert torch.equal(inputs.positions(20, 7, 3), epochs[0][60:80])
+    assert not torch.equal(inputs.positions(20, 8, 3), epochs[0][60:80])
 
 
-def test_a_batch_looked_up_in_the_token_table_equals_one_quantized_anew(small_store: Path, small_codebooks: Path) -> None:
-    from revq.stages.train_rectifier import _new_state, _open_inputs, _step, _token_table
-
+@pytest.mark.parametrize("held", [True, False], ids=["quantized latents", "tokens alone"])
+def test_a_batch_looked_up_in_the_table_equals_one_quantized_anew(
+    small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    monkeypatch.setattr(training_data, "_QUANTIZED_TABLE_BYTES", 1 << 30 if held else 0)
     settings = config(small_store, small_codebooks, Path("unused"), codebook_lr=0.0)
     fitted = load_codebooks(small_codebooks)
-    inputs = _open_inputs(settings, LatentStore.open(small_store), fitted)
-    by_table, anew = (_new_state(settings, inputs, fitted.codebooks) for _ in range(2))
-    tokens = _token_table(settings, inputs, by_table)
+    inputs = open_inputs(settings, LatentStore.open(small_store), fitted)
+    by_table, anew = (new_state(settings, inputs, fitted.codebooks) for _ in range(2))
+    table, none = (made_by(_prepare(settings, inputs, state, tmp_path)) for state in (by_table, anew))
+    none = dataclasses.replace(none, train=None)
+    assert (table.train.quantized is not None) == held
     for _ in range(3):
-        assert torch.equal(_step(settings, inputs, by_table, tokens), _step(settings, inputs, anew, None))
+        assert torch.equal(_step(settings, inputs, by_table, table), _step(settings, inputs, anew, none))
 
 
 def test_without_a_validation_split_whole_images_are_held_out(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
@@ -156,11 +173,9 @@ def test_without_a_validation_split_whole_images_are_held_out(small_store: Path,
 
 
 def test_unused_codes_move_beside_used_ones(small_store: Path, small_codebooks: Path) -> None:
-    from revq.stages.train_rectifier import _new_state, _open_inputs, _reset_unused
-
     fitted = load_codebooks(small_codebooks)
     settings = config(small_store, small_codebooks, Path("unused"))
-    state: TrainState = _new_state(settings, _open_inputs(settings, LatentStore.open(small_store), fitted), fitted.codebooks)
+    state = new_state(settings, open_inputs(settings, LatentStore.open(small_store), fitted), fitted.codebooks)
     state.counts.fill_(5)
     state.counts[3, 10:] = 0
     state.counts[3, 7] = 100
