@@ -276,7 +276,8 @@ def _watch_for_bad_steps(state: TrainState, loss: Tensor, norm: Tensor) -> None:
     `found_inf` is what torch.amp.GradScaler gives it for this purpose; asking the loss itself would wait for the device at each step.
     """
     bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-    state.bad_step = torch.where((state.bad_step < 0) & bad, state.step, state.bad_step)
+    here = torch.full_like(state.bad_step, state.step)  # made on the device: a copy from the host would wait
+    state.bad_step = torch.where((state.bad_step < 0) & bad, here, state.bad_step)
     state.loss_sum += loss
     state.optimizer.found_inf = (state.bad_step >= 0).float()  # type: ignore[attr-defined]
 
