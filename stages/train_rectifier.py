@@ -33,7 +33,7 @@ from ..cache.store import LatentStore
 from ..errors import ConfigError, OutputError, TrainingError
 from ..files import claim_output, read_json, sha256_file
 from ..models.codebooks import CODEBOOKS_NAME, load_codebooks
-from ..models.quantizer import code_counts
+from ..models.quantizer import code_counts, usage
 from ..models.rectifier import BLOCKS, update_average
 from ..models.tokenizer import ReVQTokenizer
 from . import ranks
@@ -299,7 +299,7 @@ def _mean_loss(state: TrainState) -> float:
 @torch.no_grad()
 def _reset_unused(state: TrainState, seed: int, share: float = 0.2, noise: float = 0.1) -> None:
     """The paper's non-activation reset: up to `share` of K unused codes move beside the most used codes of their codebook."""
-    ranks.sum_tensors(state.counts)
+    state.usage = float(usage(ranks.sum_tensors(state.counts)).mean())
     generator = torch.Generator().manual_seed(seed * 1_000_003 + state.step)
     codebooks = state.quantizer.codebooks
     limit = int(share * codebooks.shape[1])
@@ -322,7 +322,7 @@ def _evaluate(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, r
     """Validate, log, save a checkpoint, and end the phase where it no longer gets better."""
     finishing = state.step > state.first_steps
     figures = validate(inputs, state, run.val, run.pictures if finishing else None)
-    row: dict[str, Any] = {"step": state.step, "lr": _learning_rate(config, state), **figures, **codebook_usage(state.counts)}
+    row: dict[str, Any] = {"step": state.step, "lr": _learning_rate(config, state), **figures, "codebook_usage": codebook_usage(state)}
     if state.history:
         row |= {"train_loss": _mean_loss(state), **({"images_per_s": live["images/s"]} if live else {})}
     if inputs.device.type == "cuda":

@@ -46,6 +46,8 @@ class TrainState:
     """() int64 on the device: the first step whose loss or gradient was not finite, -1 while there is none. From it on no weight changes."""
     best: dict[str, float] = field(default_factory=dict)
     """"step" and "score" of the best evaluation of the present phase; lower scores are better."""
+    usage: float | None = None
+    """Share of the codes used in the last whole epoch; None before the first one ends, and where the codebooks do not change."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Rows of metrics.parquet so far."""
 
@@ -61,14 +63,14 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, the same whatever the number of ranks. Every rank must ask at once."""
         modules = {name: getattr(self, name).state_dict() for name in _MODULES}
-        names = ("planned", "first_steps", "total_steps", "step", "best", "history")
+        names = ("planned", "first_steps", "total_steps", "step", "best", "usage", "history")
         return {**modules, **{name: getattr(self, name) for name in names}, "counts": ranks.sum_tensors(self.counts.clone())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave. Where the settings plan other steps now, the early end of the other run is forgotten."""
         for name in _MODULES:
             getattr(self, name).load_state_dict(state[name])
-        self.step, self.best, self.history = state["step"], state["best"], state["history"]
+        self.step, self.best, self.usage, self.history = (state[name] for name in ("step", "best", "usage", "history"))
         if tuple(state["planned"]) == self.planned:
             self.first_steps, self.total_steps = state["first_steps"], state["total_steps"]
         self.counts.copy_(state["counts"])

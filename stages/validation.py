@@ -63,10 +63,11 @@ def val_batch(inputs: Inputs, state: TrainState, table: FrozenTable | None, inde
     return standardised, inputs.transform.from_coordinates(state.quantizer.decode(indices))
 
 
-def codebook_usage(counts: Tensor) -> dict[str, float]:
-    """(T,K) counts of this rank -> share of the codes that all ranks together used; nothing where none was counted yet."""
-    total = ranks.sum_tensors(counts.clone())
-    return {"codebook_usage": float(usage(total).mean())} if bool(total.any()) else {}
+def codebook_usage(state: TrainState) -> float:
+    """Share of the codes that the train latents of all ranks use: in the last whole epoch, or so far in the first."""
+    if state.usage is not None:
+        return state.usage
+    return float(usage(ranks.sum_tensors(state.counts.clone())).mean())
 
 
 @torch.no_grad()
