@@ -56,8 +56,10 @@ def _revq(version: Annotated[bool, typer.Option("--version", callback=_show_vers
 
 @app.command("encode-latents")
 def _encode_latents(
-    images: Annotated[str, typer.Argument(metavar="IMAGES", help="Folder of class folders, or of images.")],
-    store: Annotated[str, typer.Argument(metavar="STORE", help="Latent store to make, or to add a split to.")],
+    images: Annotated[
+        str, typer.Argument(metavar="IMAGES", help="Folder of images or of class folders, .tar, WebDataset shards or .parquet: path, glob or URL.")
+    ],
+    store: Annotated[str, typer.Argument(metavar="STORE", help="Latent store to make or add a split to: a path or s3:// URL.")],
     vae: Annotated[
         str, _data(help="Hub id, folder in diffusers' format, FILE.py:FACTORY, or revq-tiny-f8c8.")
     ] = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers",
@@ -191,7 +193,7 @@ def _train_rectifier(
 @app.command("evaluate")
 def _evaluate(
     tokenizer: Annotated[str, typer.Argument(metavar="TOKENIZER", help="Tokenizer folder, or run folder of train-rectifier.")],
-    images: Annotated[str, typer.Argument(metavar="IMAGES", help="Folder of images that training has not seen.")],
+    images: Annotated[str, typer.Argument(metavar="IMAGES", help="Images that training has not seen: folder, .tar, WebDataset shards or .parquet.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for metrics.json, report.html and pictures.")],
     protocol: Annotated[str, _method(help="revq or adm.")] = "revq",
     inception_weights: Annotated[str | None, _method(help="Inception file for rFID.", show_default="download")] = None,

@@ -32,6 +32,21 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def seal(value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value` with the checksum of all else under "sha256", so that a flipped byte in a small file is found too."""
+    return {**value, "sha256": sha256_json(dict(value))}
+
+
+def is_sealed(value: Mapping[str, Any]) -> bool:
+    """Whether `value` is what `seal` made, unchanged."""
+    return value.get("sha256") == sha256_json({name: item for name, item in value.items() if name != "sha256"})
+
+
+def json_bytes(value: Any) -> bytes:
+    """`value` as the indented JSON that revq's files hold."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
 @contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
     """Turn the operating system's write errors under `path` into one-line `OutputError`s.
@@ -79,14 +94,22 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON to `path`, whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_bytes(path, json_bytes(value))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in `path`; None where there is no such file or it holds no JSON object."""
     try:
-        value = json.loads(Path(path).read_text())
-    except (OSError, ValueError):
+        return parse_json(Path(path).read_bytes())
+    except OSError:
+        return None
+
+
+def parse_json(data: bytes | None) -> dict[str, Any] | None:
+    """The JSON object in `data`; None where that is None or holds no JSON object."""
+    try:
+        value = json.loads(data or b"")
+    except ValueError:  # UnicodeDecodeError is one
         return None
     return value if isinstance(value, dict) else None
 

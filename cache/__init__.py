@@ -1,6 +1,6 @@
 """Images in, latents on disk, latents out to the device. Nothing here knows a network; `revq.models` knows nothing of this."""
 
-from .batches import ResidentLatents, epoch_permutation, split_rows, spread_rows
+from .batches import ResidentLatents, StreamingLatents, epoch_permutation, open_latents, rank_rows, split_rows, spread_rows
 from .images import Pixels, UnreadableImage, View, load_pixels
 from .sources import ImageItem, ImageSource, open_source
 from .store import Encoding, LatentSplit, LatentStore
@@ -13,11 +13,14 @@ __all__ = [
     "LatentStore",
     "Pixels",
     "ResidentLatents",
+    "StreamingLatents",
     "UnreadableImage",
     "View",
     "epoch_permutation",
     "load_pixels",
+    "open_latents",
     "open_source",
+    "rank_rows",
     "split_rows",
     "spread_rows",
 ]

@@ -4,15 +4,23 @@ Protocol: decode the first frame; do not apply EXIF orientation or colour profil
 resize with Pillow's antialiased bilinear filter so that the shorter side is S; cut the central S x S. It gives the very pixels of
 `torchvision.transforms.Resize(S)` and `CenterCrop(S)` on a Pillow image.
 
-To RGB: grey is repeated; palettes are looked up; CMYK and YCbCr are converted by Pillow; transparency is laid over white; of 16-bit
-grey the upper 8 bits are kept. Unreadable: files that are empty, truncated or no image; 32-bit integer and float pixels, which have no
-known range; LAB; more than `MAX_IMAGE_PIXELS` pixels (a decompression bomb).
+Formats: BMP, GIF, JPEG (with MPO), PNG, PPM, TIFF, WebP, told by their content and not by the file's name. The decoder's own downscaling
+of JPEG is not used: it changes pixels (docs/images.md).
+
+To RGB: grey is repeated; palettes are looked up; CMYK, YCCK and YCbCr are converted by Pillow, Adobe's inverted ones too; transparency is
+laid over white; of 16 bits the upper 8 are kept (a single transparent colour of 16 bits is not looked for).
+
+Read in spite of: broken EXIF, colour profiles and other metadata; bytes after the picture's end; a missing end mark after whole pixel data.
+Unreadable: files that are empty, truncated, of another format (HEIC, AVIF, SVG) or no image; PNG with a wrong checksum; 32-bit integer and
+float pixels, which have no known range; LAB and HSV; more than `MAX_IMAGE_PIXELS` pixels (a decompression bomb), found before any is decoded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import re
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +30,14 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from .damage import ends_in_filler, png_damage
 
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own limit for its warning: 256 MiB of RGB
 _MAX_ASPECT = 8
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: Pillow would start Ghostscript on it
+_NO_RGB = {"LAB", "HSV"}
 Box = tuple[int, int, int, int]
 T = TypeVar("T")
 R = TypeVar("R")
@@ -94,9 +106,22 @@ def decode_rgb(data: bytes) -> Image.Image:
     """The first frame as an RGB image of 8 bits, by the rules at the top of this file. Raises UnreadableImage, and whatever Pillow raises."""
     if not data:
         raise UnreadableImage("the file is empty")
-    with Image.open(io.BytesIO(data)) as image:
+    _silence_pillow()
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(f"not a {', '.join(_FORMATS)} file; it begins with {data[:12]!r}") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"more than the {MAX_IMAGE_PIXELS} pixels that are read") from error
+    with image:
         if image.width * image.height > MAX_IMAGE_PIXELS:
             raise UnreadableImage(f"{image.width} x {image.height} pixels are more than the {MAX_IMAGE_PIXELS} that are read")
+        damage = png_damage(data)
+        if damage:
+            raise UnreadableImage(damage)
+        image.load()
+        if image.format in {"JPEG", "MPO"} and ends_in_filler(data, image):
+            raise UnreadableImage("the compressed data end before the picture does")
         return _to_rgb(image)
 
 
@@ -174,16 +199,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if mode.startswith("I;16"):
         upper_byte = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
         return Image.fromarray(upper_byte).convert("RGB")
+    if mode in _NO_RGB:
+        raise UnreadableImage(f"pixels of mode {mode} have no agreed conversion to RGB; convert the file to RGB")
     if mode in {"I", "F"}:
         raise UnreadableImage(f"pixels of mode {mode} (32 bits) have no known range; convert the file to 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
-    if mode == "RGB":
-        image.load()
-        return image
-    return image.convert("RGB")
+    return image if mode == "RGB" else image.convert("RGB")
 
 
 @lru_cache(maxsize=4)
@@ -192,6 +216,20 @@ def _decode_shared(data: bytes) -> Image.Image:
     return decode_rgb(data)
 
 
+def _silence_pillow() -> None:
+    """Pillow warns of odd metadata and sizes, which the rules above deal with, and under -W error the same file would be unreadable.
+
+    `warnings.catch_warnings` is not safe with threads, so that the filter is put in front of all others, and put back where it was removed.
+    """
+    if not warnings.filters or warnings.filters[0] != _PILLOW_FILTER:
+        warnings.filterwarnings("ignore", module=_PILLOW_MODULES)
+
+
+_PILLOW_MODULES = r"PIL\."
+_PILLOW_FILTER = ("ignore", None, Warning, re.compile(_PILLOW_MODULES), 0)
+
+
 def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    """Without addresses of memory: the same file must give the same reason in every run."""
+    lines = re.sub(r" at 0x[0-9a-f]+", "", str(error)).strip().splitlines()
     return lines[0][:200] if lines else "no message"

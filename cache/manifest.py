@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-
-from ..files import replacing
 
 OK = "ok"
 FAILED = "failed"
@@ -65,29 +65,39 @@ class ManifestRow:
     """Why the image failed; empty where it did not."""
 
 
-def write_part(path: Path, rows: Sequence[ManifestRow]) -> None:
-    """Write one shard's rows. Raises OutputError."""
+def encode_part(rows: Sequence[ManifestRow]) -> bytes:
+    """One shard's rows as the bytes of a Parquet file."""
     table = pa.table({name: [getattr(row, name) for row in rows] for name in SCHEMA.names}, schema=SCHEMA)
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary)
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, SCHEMA, compression="zstd") as writer:
+        writer.write_table(table)
+    return buffer.getvalue()
 
 
-def merge_parts(path: Path, parts: Iterable[Path]) -> None:
-    """Write the manifest as the parts in their order, a row group for each, holding one in memory at a time. Raises OutputError."""
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
+def merge_parts(file: BinaryIO, parts: Iterable[bytes]) -> Iterator[pa.Table]:
+    """Write the manifest as the parts in their order, a row group for each, and yield each, holding one in memory at a time."""
+    with pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
         for part in parts:
-            writer.write_table(read_manifest(part))
+            table = parse_manifest(part)
+            writer.write_table(table)
+            yield table
 
 
-def read_manifest(path: Path, *, columns: Sequence[str] | None = None) -> pa.Table:
-    """The manifest as an Arrow table; `columns` None means all of them."""
-    with pq.ParquetFile(path) as file:  # not read_table, which takes a folder named x=1 on the way for a column
+def parse_manifest(data: bytes, *, columns: Sequence[str] | None = None) -> pa.Table:
+    """The manifest, or a part of one, as an Arrow table; `columns` None means all of them."""
+    with pq.ParquetFile(pa.BufferReader(data)) as file:
         return file.read(columns=list(columns) if columns is not None else None)
 
 
-def first_failure(path: Path) -> tuple[str, str] | None:
+def first_failure(data: bytes) -> tuple[str, str] | None:
     """(key, reason) of the first failed row in a manifest or a part of one; None where there is none."""
-    for row in read_manifest(path, columns=["key", "status", "reason"]).to_pylist():
-        if row["status"] == FAILED:
-            return row["key"], row["reason"]
-    return None
+    table = parse_manifest(data, columns=["key", "status", "reason"])
+    failed = table.filter(pc.equal(table["status"], FAILED))
+    return (failed["key"][0].as_py(), failed["reason"][0].as_py()) if len(failed) else None
+
+
+def failures_by_reason(table: pa.Table) -> dict[str, int]:
+    """How many images of a manifest failed for each reason, the most frequent first."""
+    failed = table.filter(pc.and_(pc.equal(table["status"], FAILED), pc.equal(table["view"], 0)))
+    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(failed["reason"]).to_pylist()}
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))

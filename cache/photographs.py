@@ -15,16 +15,19 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import ImageError
-from .sources import PHOTOGRAPHS_PREFIX, ImageItem
+from .items import ImageItem
 
 TRAIN_FILES = ("astronaut.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg")
 HELD_OUT_FILES = ("chelsea.png", "coffee.png")
+_PREFIX = "photographs:"
 VIEW_SIDES_PX = (128, 192, 256, 384)
 _POSITIONS = 8  # at most, on each axis: big photographs of stars and of a retina would else outnumber the ordinary ones
 
 
 class PhotographSource:
     """The square views of one part of the photographs; a label is the number of the photograph among all of them."""
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, part: str) -> None:
         """List the views of `part`, "train" or "held-out".
@@ -35,7 +38,7 @@ class PhotographSource:
         files = {"train": TRAIN_FILES, "held-out": HELD_OUT_FILES}.get(part)
         if files is None:
             raise ImageError(f'the embedded photographs have the parts "train" and "held-out", not "{part}"')
-        self.name = PHOTOGRAPHS_PREFIX + part
+        self.name = _PREFIX + part
         self._paths: list[Path] = []
         self._items: list[ImageItem] = []
         names = sorted(TRAIN_FILES + HELD_OUT_FILES)

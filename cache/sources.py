@@ -1,167 +1,135 @@
-"""Where images come from: a folder of class folders, a flat folder, or the photographs embedded with revq.
+"""Where images come from: folders, tars, WebDataset shards, Parquet files, or the photographs embedded with revq.
 
 A source lists its images once, in an order that depends on nothing but the names, and hands out one image's encoded bytes at a time.
+Nothing is unpacked to disk. Each kind has its file: `folder_source`, `tar_source`, `webdataset`, `parquet_source`, `photographs`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from ..errors import ImageError
+from .folder_source import FolderSource, check_folder, is_image, suffix_of
+from .items import ImageItem, order_sha256
+from .patterns import check_one_set, expand, has_glob, is_pattern
+from .places import Place, place_of
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+__all__ = ["FolderSource", "ImageItem", "ImageSource", "open_source", "order_sha256"]
+
 PHOTOGRAPHS_PREFIX = "photographs:"
-
-
-@dataclass(frozen=True, slots=True)
-class ImageItem:
-    """One image of a source, known by name before a byte of it is read."""
-
-    key: str
-    """Path relative to the source's root, with forward slashes; bytes that are not UTF-8 stand as backslash escapes."""
-    label: int = -1
-    """Number of its class; -1 means that it has none."""
-    class_name: str = ""
-    """Name of its class; empty means that it has none."""
-    box: tuple[int, int, int, int] | None = None
-    """(left, top, right, bottom) of the region of the file that stands as the image, in pixels; None means the whole file."""
+_ARCHIVES = (".tar", ".parquet")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 
 
 class ImageSource(Protocol):
     """A list of images that can be read by index from several threads at once."""
 
     name: str
-    """A folder's full path, or "photographs:train"; stores record it."""
+    """The source's full path or URL, or "photographs:train"; stores record it."""
+    notes: tuple[str, ...]
+    """What the user should read before the images are used, such as that they have no labels."""
 
     @property
     def items(self) -> Sequence[ImageItem]:
         """All images, in the one order that every run sees."""
 
     def read(self, index: int) -> bytes:
-        """The encoded file of image `index` (`items[index].box` is not cut out yet). Raises OSError where it cannot be read."""
-
-
-class FolderSource:
-    """Image files on disk, either in class folders (`root/CLASS/.../x.jpg`, labels by sorted class name) or flat (`root/x.jpg`, no labels)."""
-
-    def __init__(self, root: str | Path) -> None:
-        """List the images under `root`.
+        """The encoded file of image `index` (`items[index].box` is not cut out yet).
 
         Raises:
-            ImageError: `root` is missing, is no folder, holds no image, or holds images both beside and inside its sub-folders.
+            OSError: this image cannot be read.
+            ImageError: the source as a whole cannot be read any longer, so that going on would record good images as unreadable.
         """
-        self._root = Path(root).expanduser()
-        self.name = str(self._root.resolve())
-        self._paths, self._items = _list_folder(self._root)
-
-    @property
-    def items(self) -> Sequence[ImageItem]:
-        return self._items
-
-    def read(self, index: int) -> bytes:
-        return (self._root / self._paths[index]).read_bytes()
 
 
 def open_source(spec: str | Path) -> ImageSource:
-    """The images that `spec` names: a folder, or the embedded "photographs:train" and "photographs:held-out".
+    """The images that `spec` names, by the first of these rules that fits:
+
+    1. "photographs:train" and "photographs:held-out" are the embedded photographs.
+    2. A glob (`*`, `?`, `[...]`) or braces (`{0000..1023}`, `{a,b}`) that is no existing path names files: all .tar or all .parquet.
+    3. A path or fsspec URL of one .tar or one .parquet file.
+    4. A folder: of .parquet files; of .tar files; of class folders with images; of images.
+
+    One .tar holds class tars, class folders, images, or (where it has members .cls or .json) WebDataset samples; several .tar are WebDataset
+    shards, or class tars where their names are all WordNet ids (n01440764.tar).
+
+    A folder or glob must be of one set of files: train and validation shards side by side are refused.
 
     Raises:
-        ImageError: there is no such source, or it holds no image.
+        ImageError: there is no such source, it holds no image, it holds more than one kind, or it is damaged.
     """
-    if str(spec).startswith(PHOTOGRAPHS_PREFIX):
+    try:
+        return _open(os.fspath(spec))
+    except OSError as error:  # no permission, a disk that fails
+        raise ImageError(f"{Place(os.fspath(spec))} cannot be listed ({error.strerror or error}); check that you may read all of it") from error
+
+
+def _open(text: str) -> ImageSource:
+    if text.startswith(PHOTOGRAPHS_PREFIX):
         from .photographs import PhotographSource  # imports scikit-image's location only where it is used
 
-        return PhotographSource(str(spec).removeprefix(PHOTOGRAPHS_PREFIX))
-    return FolderSource(spec)
+        return PhotographSource(text.removeprefix(PHOTOGRAPHS_PREFIX))
+    if is_pattern(text):
+        found = expand(text)
+        if has_glob(text):
+            check_one_set(text, found)
+        return _open_files(_pattern_name(text), found)
+    place = place_of(text)
+    if place.path.lower().endswith((*_ARCHIVES, *_COMPRESSED)) and place.kind() == "file":
+        return _open_files(place.full_name, [place])
+    check_folder(place)
+    archives = _archives_in(place)
+    if not archives:
+        return FolderSource(place)
+    check_one_set(str(place), archives)
+    return _open_files(place.full_name, archives)
 
 
-def order_sha256(items: Sequence[ImageItem]) -> str:
-    """Hexadecimal SHA-256 over key, label and box of `items` in their order: two sources with the same value give the same rows."""
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(f"{item.key}\0{item.label}\0{item.box}\n".encode())
-    return digest.hexdigest()
+def _open_files(name: str, places: Sequence[Place]) -> ImageSource:
+    """Files that must be of one kind."""
+    for place in places:
+        if place.path.lower().endswith(_COMPRESSED):
+            raise ImageError(f"{place} is compressed, so its images cannot be read one by one; unpack it to a plain .tar first")
+        if suffix_of(place.path) not in _ARCHIVES:
+            raise ImageError(f"{place} is neither .tar nor .parquet, and a pattern must name files of one of these; give a folder for images")
+    odd = next((place for place in places if suffix_of(place.path) != suffix_of(places[0].path)), None)
+    if odd is not None:
+        raise ImageError(f"{name} holds both {places[0].base} and {odd.base}; give one kind, such as *{suffix_of(places[0].path)}")
+    if suffix_of(places[0].path) == ".parquet":
+        from .parquet_source import ParquetSource
+
+        return ParquetSource(name, places)
+    from . import tar_source
+
+    if tar_source.are_class_tars(places):
+        return tar_source.open_class_tars(name, places)
+    if len(places) == 1:
+        return tar_source.open_tar(places[0])
+    from .webdataset import open_shards
+
+    return open_shards(name, places)
 
 
-def _list_folder(root: Path) -> tuple[list[str], list[ImageItem]]:
-    """Relative paths and items of all images under `root`, sorted by path within each class."""
-    if not root.exists():
-        raise ImageError(f"image folder {root} does not exist; give a folder of class folders, or a flat folder of images")
-    if not root.is_dir():
-        raise ImageError(f"the images must be a folder, but {root} is a file; give the folder that holds it")
-    flat, classes, others = _scan(root)
-    nested = {name: _walk(root, name, others) for name in classes}
-    if flat and any(nested.values()):
-        inside = next(name for name in classes if nested[name])
+def _archives_in(folder: Place) -> list[Place]:
+    """The .tar and .parquet files directly in a folder. Raises ImageError where there are images as well."""
+    files, folders = folder.entries()
+    names = [name for name in files if suffix_of(name) in _ARCHIVES]
+    if not names:
+        return []
+    beside = next((name for name in files if is_image(name)), None) or next(
+        (path for path in (folder.walk() if folders else ()) if is_image(path)), None
+    )
+    if beside is not None:
         raise ImageError(
-            f"{root} holds images both directly ({flat[0]}) and in class folders ({inside}/), so their labels would be a guess; move one kind away"
+            f"{folder} holds both {Place(names[0])} and images ({Place(beside)}); give the one kind, such as {folder}/*{suffix_of(names[0])}"
         )
-    if flat:
-        return flat, [ImageItem(_printable(name)) for name in flat]
-    paths: list[str] = []
-    items: list[ImageItem] = []
-    for label, name in enumerate(classes):  # a class folder without images keeps its number, so that train and val agree
-        class_name = _printable(name)
-        paths += nested[name]
-        items += [ImageItem(_printable(path), label, class_name) for path in nested[name]]
-    if not items:
-        raise ImageError(_nothing_found(root, others))
-    return paths, items
+    return [Place(os.path.join(folder.path, name), folder.filesystem) for name in names]
 
 
-def _scan(root: Path) -> tuple[list[str], list[str], Counter[str]]:
-    """Sorted image names and sub-folder names directly in `root`, and a count of the other files by suffix."""
-    images: list[str] = []
-    folders: list[str] = []
-    others: Counter[str] = Counter()
-    with os.scandir(root) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif _is_image(entry.name):
-                images.append(entry.name)
-            else:
-                others[_suffix(entry.name)] += 1
-    return sorted(images), sorted(folders), others
-
-
-def _walk(root: Path, class_folder: str, others: Counter[str]) -> list[str]:
-    """Sorted paths, relative to `root`, of the images at any depth of `class_folder`; other files are counted into `others`."""
-    found: list[str] = []
-    for folder, subfolders, names in os.walk(root / class_folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        prefix = Path(folder).relative_to(root).as_posix()
-        for name in names:
-            if _is_image(name):
-                found.append(f"{prefix}/{name}")
-            elif not name.startswith("."):
-                others[_suffix(name)] += 1
-    return sorted(found)
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and _suffix(name) in IMAGE_SUFFIXES
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
-def _printable(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _nothing_found(root: Path, others: Counter[str]) -> str:
-    wanted = " ".join(sorted(IMAGE_SUFFIXES))
-    if not others:
-        return f"image folder {root} holds no file; expected images ({wanted}) in it or in class folders"
-    found = ", ".join(f"{count} x {suffix or 'no suffix'}" for suffix, count in others.most_common(3))
-    return f"image folder {root} holds no image: expected files ending in {wanted}, found {found}"
+def _pattern_name(pattern: str) -> str:
+    """The same however the pattern's folder is written."""
+    place = place_of(pattern)
+    return str(Place(os.path.abspath(place.path)) if place.filesystem is None else place)

@@ -1,20 +1,23 @@
-"""The latent store: one Zarr v3 group on disk, a sub-group for each split, and how to read it.
+"""The latent store: one Zarr v3 group, local or in an object store, a sub-group for each split, and how to read it.
 
     STORE/zarr.json               group; attributes: the encoding (VAE, image size, filter, crop, shape, dtype) and its fingerprint
-    STORE/<split>/zarr.json       group; attributes: images, views, seed, source, package versions, and whether it is complete
-    STORE/<split>/latents         (N,C,H,W) raw VAE latents, sharded, Zstd + crc32c; a failed image's rows hold zeros
+    STORE/<split>/zarr.json       group; attributes: images, views, seed, source, package versions, checksums, and whether it is complete
+    STORE/<split>/latents         (N,C,H,W) raw VAE latents, sharded, with crc32c; a failed image's rows hold zeros
     STORE/<split>/label, ok       (N,) int32, bool
     STORE/<split>/mean, variance  (C,H,W) float64 over the rows that are ok
     STORE/manifest/<split>.parquet   where each row comes from
     STORE/progress/<split>/       finished shards of a split in the making; gone once it is complete
+    STORE/writer.lock             who writes, while somebody does
 
-Row of view v of image i is i * views + v, whatever failed. Writing is in `writer.py`.
+Row of view v of image i is i * views + v, whatever failed. Writing is in `writer.py`. No byte of it all is without a checksum: latents and
+arrays have crc32c, attributes are sealed, and a split's attributes hold the SHA-256 of every other file.
 
 Shapes: N rows = images * views; C,H,W latent channels, rows, columns.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -27,12 +30,13 @@ import zarr
 from numpy.typing import NDArray
 
 from ..errors import StoreError
-from ..files import read_json, sha256_json
-from .manifest import read_manifest
+from ..files import is_sealed, parse_json, sha256_json
+from .manifest import parse_manifest
+from .store_folder import StoreFolder, open_folder
 
 STORE_KIND = "revq-latents"
 SPLIT_KIND = "revq-latent-split"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RESERVED_NAMES = frozenset({"manifest", "progress"})
 
 
@@ -80,12 +84,11 @@ class Encoding:
 class LatentSplit:
     """One complete split of a store, read lazily. Made by `LatentStore.open(path)[name]`."""
 
-    def __init__(self, store: Path, name: str, encoding: Encoding, attributes: Mapping[str, Any]) -> None:
+    def __init__(self, folder: StoreFolder, name: str, encoding: Encoding, attributes: Mapping[str, Any]) -> None:
         self.name = name
         self.encoding = encoding
         self.attributes = dict(attributes)
-        self._store = store
-        self._group = zarr.open_group(str(store / name), mode="r", zarr_format=3)
+        self._folder = folder
 
     def __len__(self) -> int:
         """N: rows, those of failed images included."""
@@ -122,22 +125,22 @@ class LatentSplit:
     @cached_property
     def labels(self) -> NDArray[np.int32]:
         """(N,) int32, -1 for images without a class."""
-        return np.asarray(self._array("label")[:])
+        return self._read_small("label")
 
     @cached_property
     def ok(self) -> NDArray[np.bool_]:
         """(N,) bool, False for rows of images that could not be read; their latents are zeros."""
-        return np.asarray(self._array("ok")[:])
+        return self._read_small("ok")
 
     @cached_property
     def mean(self) -> NDArray[np.float64]:
         """(C,H,W) mean over the ok rows."""
-        return np.asarray(self._array("mean")[:])
+        return self._read_small("mean")
 
     @cached_property
     def variance(self) -> NDArray[np.float64]:
         """(C,H,W) population variance over the ok rows."""
-        return np.asarray(self._array("variance")[:])
+        return self._read_small("variance")
 
     @property
     def image_of_row(self) -> NDArray[np.int64]:
@@ -145,36 +148,60 @@ class LatentSplit:
         return np.arange(len(self), dtype=np.int64) // self.views
 
     def manifest(self) -> pa.Table:
-        """One Arrow row for each row: see `revq.cache.manifest.SCHEMA`."""
-        return read_manifest(manifest_path(self._store, self.name))
+        """One Arrow row for each row: see `revq.cache.manifest.SCHEMA`. Raises StoreError where it is damaged."""
+        return parse_manifest(self.read_file(manifest_key(self.name)))
+
+    def read_file(self, key: str) -> bytes:
+        """A file of this split that its attributes hold the SHA-256 of, checked; `key` is its path in the store.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        data = self._folder.read(key)
+        if data is None or hashlib.sha256(data).hexdigest() != self.attributes["files_sha256"].get(key):
+            state = "missing" if data is None else "not what was written"
+            raise StoreError(f'split "{self.name}" of {self._folder.name} is damaged: {key} is {state}; encode it again with --overwrite')
+        return data
 
     def _array(self, name: str) -> zarr.Array:
+        self.read_file(f"{self.name}/{name}/zarr.json")
+        return zarr.open_array(self._folder.zarr_store(f"{self.name}/{name}"), mode="r", zarr_format=3)
+
+    def _read_small(self, name: str) -> NDArray[Any]:
+        """An array of one chunk."""
+        array = self._array(name)
         try:
-            array = self._group[name]
-        except KeyError as error:
-            raise StoreError(f'split "{self.name}" of {self._store} lacks its array {name}; encode it again with --overwrite') from error
-        assert isinstance(array, zarr.Array)
-        return array
+            return np.asarray(array[...])
+        except Exception as error:  # a failed checksum is a ValueError, a cut file a RuntimeError, and Zstd has its own
+            reason = " ".join(str(error).split())[:160]
+            where = f'split "{self.name}" of {self._folder.name}'
+            raise StoreError(f"{where} is damaged: its array {name} cannot be read ({reason}); encode it again with --overwrite") from error
 
 
 class LatentStore:
-    """A latent store on disk, opened for reading: `LatentStore.open("latents.zarr")["train"].latents[:4]`."""
+    """A latent store opened for reading: `LatentStore.open("latents.zarr")["train"].latents[:4]`."""
 
-    def __init__(self, path: Path, encoding: Encoding) -> None:
-        self.path = path
+    def __init__(self, folder: StoreFolder, encoding: Encoding) -> None:
+        self.folder = folder
         self.encoding = encoding
 
     @classmethod
     def open(cls, path: str | Path) -> LatentStore:
-        """Open the store at `path`.
+        """Open the store at `path`, a folder or an fsspec URL such as s3://bucket/latents.zarr.
 
         Raises:
             StoreError: nothing is there, it is no latent store, or a newer revq wrote it.
+            OutputError: the object store cannot be reached.
         """
-        path = Path(path).expanduser()
-        if not path.exists():
+        folder = open_folder(path)
+        if not folder.exists():
             raise StoreError(f"latent store {path} does not exist; make it with: revq encode-latents IMAGES {path}")
-        return cls(path, Encoding.from_attributes(store_attributes(path)))
+        return cls(folder, Encoding.from_attributes(store_attributes(folder)))
+
+    @property
+    def path(self) -> str:
+        """Path or URL."""
+        return self.folder.name
 
     @property
     def fingerprint(self) -> str:
@@ -184,7 +211,7 @@ class LatentStore:
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the complete splits, sorted."""
-        return tuple(name for name, attributes in split_attributes(self.path).items() if attributes["complete"])
+        return tuple(name for name, attributes in split_attributes(self.folder).items() if attributes["complete"])
 
     def __contains__(self, name: object) -> bool:
         return name in self.splits
@@ -195,53 +222,65 @@ class LatentStore:
         Raises:
             StoreError: there is no such split, or its encoding has not finished.
         """
-        found = split_attributes(self.path)
+        found = split_attributes(self.folder)
         if name not in found:
             there = ", ".join(self.splits) or "no complete one"
             raise StoreError(f'latent store {self.path} has no split "{name}" (there: {there}); add it with encode-latents --split {name}')
         if not found[name]["complete"]:
             raise StoreError(f'split "{name}" of {self.path} is not finished; give the same encode-latents command again to finish it')
-        return LatentSplit(self.path, name, self.encoding, found[name])
+        return LatentSplit(self.folder, name, self.encoding, found[name])
 
 
-def is_store(path: str | Path) -> bool:
+def is_store(path: str | Path | StoreFolder) -> bool:
     """Whether a latent store is at `path`, of any version."""
-    return (_group_attributes(Path(path)) or {}).get("kind") == STORE_KIND
+    return (_parse_group(open_folder(path).read("zarr.json")) or {}).get("kind") == STORE_KIND
 
 
-def store_attributes(path: Path) -> dict[str, Any]:
-    """The checked attributes of the store at `path`.
+def store_attributes(folder: StoreFolder) -> dict[str, Any]:
+    """The checked attributes of the store at `folder`.
 
     Raises:
-        StoreError: it is no latent store, or one that this version cannot read.
+        StoreError: it is no latent store, is damaged, or is one that this version cannot read.
     """
-    attributes = _group_attributes(path)
+    attributes = _parse_group(folder.read("zarr.json"))
     if not attributes or attributes.get("kind") != STORE_KIND:
-        raise StoreError(f"{path} is no latent store (a Zarr group of kind {STORE_KIND}); give the STORE folder that encode-latents wrote")
+        raise StoreError(f"{folder.name} is no latent store (a Zarr group of kind {STORE_KIND}); give the STORE folder that encode-latents wrote")
     version = attributes.get("format_version")
     if version != FORMAT_VERSION:
-        raise StoreError(f"latent store {path} has format version {version}, this revq reads {FORMAT_VERSION}; upgrade revq, or encode again")
-    missing = [field.name for field in fields(Encoding) if field.name not in attributes]
-    if missing:
-        raise StoreError(f"latent store {path} is damaged: its zarr.json lacks {', '.join(missing)}; encode again")
+        raise StoreError(f"latent store {folder.name} has format version {version}, this revq reads {FORMAT_VERSION}; upgrade revq, or encode again")
+    if not is_sealed(attributes):
+        raise StoreError(f"latent store {folder.name} is damaged: the attributes in its zarr.json do not fit their checksum; encode again")
     return attributes
 
 
-def split_attributes(path: Path) -> dict[str, dict[str, Any]]:
-    """Attributes of every split of the store at `path`, complete or not, by sorted name."""
+def split_attributes(folder: StoreFolder, *, but: str | None = None) -> dict[str, dict[str, Any]]:
+    """Attributes of every split of the store at `folder`, complete or not, by sorted name; `but` one that is to be replaced, damaged or not.
+
+    Raises:
+        StoreError: a split's attributes are damaged.
+    """
     found = {}
-    for folder in sorted(path.iterdir()):
-        attributes = _group_attributes(folder) if folder.is_dir() else None
-        if attributes and attributes.get("kind") == SPLIT_KIND:
-            found[folder.name] = attributes
+    for name in folder.children():
+        data = None if name in RESERVED_NAMES or name == but else folder.read(f"{name}/zarr.json")
+        if data is None:
+            continue
+        attributes = _parse_group(data)
+        if attributes is None or (not is_sealed(attributes) and ("sha256" in attributes or attributes.get("kind") == SPLIT_KIND)):
+            mend = f"encode it again with --split {name} --overwrite"
+            raise StoreError(f'split "{name}" of {folder.name} is damaged: {name}/zarr.json does not fit its checksum; {mend}')
+        if attributes.get("kind") == SPLIT_KIND:
+            found[name] = attributes
     return found
 
 
-def manifest_path(store: Path, split: str) -> Path:
-    return store / "manifest" / f"{split}.parquet"
+def manifest_key(split: str) -> str:
+    """Where a split's manifest lies in the store."""
+    return f"manifest/{split}.parquet"
 
 
-def _group_attributes(path: Path) -> dict[str, Any] | None:
-    group = read_json(path / "zarr.json") or {}
+def _parse_group(data: bytes | None) -> dict[str, Any] | None:
+    """Attributes of the Zarr v3 group that a zarr.json describes; None where it describes none."""
+    group = parse_json(data) or {}
     attributes = group.get("attributes")
-    return attributes if isinstance(attributes, dict) and group.get("node_type") == "group" else None
+    is_group = isinstance(attributes, dict) and group.get("node_type") == "group" and group.get("zarr_format") == 3
+    return attributes if is_group else None

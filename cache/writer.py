@@ -4,18 +4,20 @@ A shard (one file of `latents`) is written whole and only once: a partial shard 
 go its part of the manifest and its sums; the done-marker with their checksums is the last file written. A new run redoes the shards
 whose marker is missing or does not fit; the statistics are sums merged in shard order, so that they come out the same to the bit.
 
+Zarr encodes every file in memory and a `StoreFolder` writes it, so that a store in an object store is written by the very same code.
+Several ranks may write one split: a shard belongs to the rank of its number modulo their count, rank 0 creates and finishes.
+
 Shapes: N rows; C,H,W latent channels, rows, columns.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import io
 import math
-import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,18 +27,20 @@ import numpy as np
 import pyarrow.compute as pc
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
 
 from ..errors import ConfigError, MismatchError, OutputError, StoreError
-from ..files import disk_errors, read_json, sha256_file, write_bytes, write_json
-from .manifest import OK, ManifestRow, first_failure, merge_parts, read_manifest, write_part
-from .store import FORMAT_VERSION, RESERVED_NAMES, SPLIT_KIND, STORE_KIND, Encoding, is_store, manifest_path, split_attributes, store_attributes
+from ..files import is_sealed, json_bytes, parse_json, seal
+from .manifest import OK, ManifestRow, encode_part, first_failure, merge_parts
+from .store import FORMAT_VERSION, RESERVED_NAMES, SPLIT_KIND, STORE_KIND, Encoding, is_store, manifest_key, split_attributes, store_attributes
+from .store_folder import StoreFolder, open_folder, remove_if_empty
 
 _CHUNK_BYTES = 2 << 20
 _SHARD_BYTES = 32 << 20
 _LEAST_SHARDS = 8  # a small split still gets several, so that an interruption loses about an eighth of the work at most
 _PACKAGES = ("revq", "torch", "diffusers", "zarr", "numcodecs", "numpy", "pillow")
-_TEMPORARY = ("*.partial", "*.tmp")  # zarr's and ours, left by a killed process
+_CHECKING_THREADS = 8
 State = Literal["new", "resume", "complete"]
 
 
@@ -90,87 +94,100 @@ def shard_layout(rows: int, views: int, row_bytes: int, *, batch_size: int = 1, 
     return chunk_rows, _round_up(max(1, shard_rows), chunk_rows)
 
 
-def target_state(path: Path, encoding: Encoding, plan: SplitPlan, *, overwrite: bool = False) -> State:
+def target_state(path: str | Path | StoreFolder, encoding: Encoding, plan: SplitPlan, *, overwrite: bool = False) -> State:
     """Whether the split is new, half made by the same run, or complete. Writes nothing.
 
     Raises:
         OutputError: `path` is a file or a folder that holds something else.
-        StoreError: it is a store of another format version.
+        StoreError: it is damaged, or a store of another format version.
         MismatchError: its latents come from another encoding, or the split from another run (and `overwrite` is off).
     """
-    check_target(path)
-    if not is_store(path):
+    folder = open_folder(path)
+    check_target(folder)
+    if not is_store(folder):
         return "new"
-    there = Encoding.from_attributes(store_attributes(path))
-    splits = split_attributes(path)
-    kept = [name for name in splits if not (overwrite and name == plan.name)]
+    there = Encoding.from_attributes(store_attributes(folder))
+    splits = split_attributes(folder, but=plan.name if overwrite else None)
     differences = there.differences(encoding)
-    if kept and differences:
+    if splits and differences:
         raise MismatchError(
-            f"latent store {path} has encoding {there.fingerprint}, this run has {encoding.fingerprint} ({differences}); "
+            f"latent store {folder.name} has encoding {there.fingerprint}, this run has {encoding.fingerprint} ({differences}); "
             f"choose another store, or the settings of this one"
         )
-    if plan.name not in kept:
+    if plan.name not in splits:
         return "new"
     found = splits[plan.name]
     changed = [f"{name}: {found.get(name)} there, {value} asked" for name, value in _identity(plan).items() if found.get(name) != value]
     if changed:
+        differing = "; ".join(changed[:3])
         raise MismatchError(
-            f'split "{plan.name}" of {path} was made by another run ({"; ".join(changed[:3])}); choose another --split, or --overwrite this one'
+            f'split "{plan.name}" of {folder.name} was made by another run ({differing}); choose another --split, or --overwrite this one'
         )
     return "complete" if found["complete"] else "resume"
 
 
-def check_target(path: Path) -> None:
+def check_target(path: str | Path | StoreFolder) -> None:
     """Raises OutputError where `path` is a file or a folder that holds anything but a latent store."""
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"the store must be a folder, but {path} is a file; choose another path")
-    entries = sorted(entry.name for entry in path.iterdir() if not _is_temporary(entry)) if path.exists() else []
-    if entries and not is_store(path):
+    folder = open_folder(path)
+    if folder.is_file():
+        raise OutputError(f"the store must be a folder, but {folder.name} is a file; choose another path")
+    entries = folder.children()
+    if entries and not is_store(folder):
         found = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
-        raise OutputError(f"{path} holds something else than a latent store ({found}); choose a new or empty folder")
+        raise OutputError(f"{folder.name} holds something else than a latent store ({found}); choose a new or empty folder")
 
 
-def remove_progress(path: Path, split: str) -> None:
+def remove_progress(path: str | Path | StoreFolder, split: str) -> None:
     """Remove what a complete split no longer needs; a killed process may have left it."""
-    shutil.rmtree(path / "progress" / split, ignore_errors=True)
-    with contextlib.suppress(OSError):  # missing, or another split is in the making
-        (path / "progress").rmdir()
+    folder = open_folder(path)
+    folder.remove(f"progress/{split}")
+    remove_if_empty(folder, "progress")  # another split may be in the making
 
 
 class SplitWriter:
     """Writes the shards of one split in any order, each whole; `finish` makes it readable."""
 
-    def __init__(self, path: Path, encoding: Encoding, plan: SplitPlan, *, overwrite: bool = False) -> None:
-        """Create the split, or take up the one that the same run has begun.
+    def __init__(
+        self, path: str | Path | StoreFolder, encoding: Encoding, plan: SplitPlan, *, overwrite: bool = False, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """Create the split, or take up the one that the same run has begun. Whoever writes should hold the folder's lock.
+
+        Args:
+            rank, ranks: this process's number among those that write the split together. Rank 0 comes first; the others find it created.
 
         Raises:
-            OutputError, StoreError, MismatchError: see `target_state` and `disk_errors`.
+            OutputError, StoreError, MismatchError: see `target_state` and `StoreFolder`.
         """
-        state = target_state(path, encoding, plan, overwrite=overwrite)
+        self._folder = open_folder(path)
+        state = target_state(self._folder, encoding, plan, overwrite=overwrite and rank == 0)
         if state != "new":
-            found = split_attributes(path)[plan.name]
+            found = split_attributes(self._folder)[plan.name]
             plan = replace(plan, chunk_rows=found["chunk_rows"], shard_rows=found["shard_rows"])
-        self.path, self.encoding, self.plan = path, encoding, plan
-        self._split = path / plan.name
-        self._progress = path / "progress" / plan.name
-        with disk_errors(path):
+        self.encoding, self.plan = encoding, plan
+        if rank == 0:
+            self._folder.sweep()
             if state == "new":
                 self._remove_split()
-            self._sweep()
-            if state == "new" or not (self._split / "latents" / "zarr.json").exists():
+            if state == "new" or self._folder.read(f"{plan.name}/latents/zarr.json") is None:
                 self._create()
-            self._latents = zarr.open_array(str(self._split / "latents"), mode="r+", zarr_format=3)
-        self.shards = [
-            Shard(index, start, min(start + plan.shard_rows, plan.rows)) for index, start in enumerate(range(0, plan.rows, plan.shard_rows))
-        ]
+        starts = range(0, plan.rows, plan.shard_rows)
+        self.shards = [Shard(index, start, min(start + plan.shard_rows, plan.rows)) for index, start in enumerate(starts)]
+        self.own = self.shards[rank::ranks]
+        """Those that this rank writes."""
         self.damaged: list[Shard] = []
-        self.todo = [shard for shard in self.shards if not self._is_done(shard)]
+        """Own shards that an earlier run had finished and that are no longer what it wrote."""
+        self.todo = self._find_todo()
+        """Own shards that are still to be written."""
+
+    @property
+    def rows_own(self) -> int:
+        """Rows of this rank's shards."""
+        return sum(map(len, self.own))
 
     @property
     def rows_done(self) -> int:
-        """Rows that an earlier run has finished."""
-        return self.plan.rows - sum(map(len, self.todo))
+        """Own rows that an earlier run has finished."""
+        return self.rows_own - sum(map(len, self.todo))
 
     def write_shard(self, shard: Shard, latents: NDArray[Any], rows: Sequence[ManifestRow]) -> None:
         """Write one shard for good.
@@ -185,132 +202,170 @@ class SplitWriter:
         assert latents.shape == (len(shard), *self.encoding.latent_shape)
         assert len(rows) == len(shard)
         ok = np.array([row.status == OK for row in rows])
-        with disk_errors(self.path):
-            self._marker(shard).unlink(missing_ok=True)
-            self._shard_file(shard).unlink(missing_ok=True)
-            self._latents[shard.start : shard.stop] = latents
-            _flush(self._shard_file(shard))
-            write_part(self._part(shard, "parquet"), rows)
-            write_bytes(self._part(shard, "npy"), _npy(_sums(latents[ok])))
-            marker = {"start": shard.start, "stop": shard.stop, "ok": int(ok.sum()), "failed": int((~ok).sum())}
-            write_json(self._marker(shard), {**marker, "sha256": self._checksums(shard)})
+        if shard in self.damaged:
+            self._folder.remove(self._marker(shard))
+        files = {
+            self._shard_key(shard): self._encode_shard(shard, latents),
+            self._part(shard, "parquet"): encode_part(rows),
+            self._part(shard, "npy"): _npy(_sums(latents[ok])),
+        }
+        for key, data in files.items():
+            self._folder.write(key, data)
+        counts = {"start": shard.start, "stop": shard.stop, "ok": int(ok.sum()), "failed": int((~ok).sum())}
+        marker = seal({**counts, "files_sha256": {key: _sha256(data) for key, data in files.items()}})
+        self._folder.write(self._marker(shard), json_bytes(marker))
 
     def first_failure(self) -> tuple[str, str] | None:
         """(key, reason) of the first failed image in the finished shards; None where there is none."""
         for shard in self.shards:
-            marker = read_json(self._marker(shard))
+            marker = self._read_marker(shard)
             if marker and marker["failed"]:
-                return first_failure(self._part(shard, "parquet"))
+                return first_failure(self._folder.read(self._part(shard, "parquet")) or b"")
         return None
 
     def finish(self) -> Mapping[str, Any]:
-        """Merge what the shards left, mark the split complete and return its attributes.
+        """Merge what the shards left, mark the split complete and return its attributes; for rank 0, when all ranks have written theirs.
 
         Raises:
-            StoreError: every image failed.
+            StoreError: a shard is missing, or every image failed.
             OutputError: no room, or no permission.
         """
-        markers = [read_json(self._marker(shard)) or {} for shard in self.shards]
-        ok_rows = sum(marker["ok"] for marker in markers)
+        markers = [self._read_marker(shard) for shard in self.shards]
+        missing = [shard.index for shard, marker in zip(self.shards, markers, strict=True) if marker is None]
+        if missing:
+            raise StoreError(
+                f"{len(missing)} shards of {self._folder.name} (first: number {missing[0]}) are not finished; give the same command again"
+            )
+        done = [marker for marker in markers if marker is not None]
+        ok_rows = sum(marker["ok"] for marker in done)
         if ok_rows == 0:
             key, reason = self.first_failure() or ("", "")
             raise StoreError(f"none of the {self.plan.images} images of {self.plan.source} can be read; the first is {key} ({reason})")
         total = np.zeros((2, *self.encoding.latent_shape), np.float64)
-        for shard in self.shards:
-            total += np.load(self._part(shard, "npy"))
+        for shard, marker in zip(self.shards, done, strict=True):
+            total += np.load(io.BytesIO(self._read_checked(self._part(shard, "npy"), marker)))
         mean, mean_of_squares = total / ok_rows
-        manifest = manifest_path(self.path, self.plan.name)
-        merge_parts(manifest, (self._part(shard, "parquet") for shard in self.shards))
-        columns = read_manifest(manifest, columns=["label", "status"])
-        arrays = {
-            "label": np.asarray(columns["label"], np.int32),
-            "ok": np.asarray(pc.equal(columns["status"], OK)),
-            "mean": mean,
-            "variance": np.maximum(mean_of_squares - mean * mean, 0),
-        }
-        with disk_errors(self.path):
-            for name, values in arrays.items():
-                self._write_array(name, values)
-            failed = sum(marker["failed"] for marker in markers) // self.plan.views
-            shard_sha256 = [marker["sha256"]["shard"] for marker in markers]
-            attributes = self._write_attributes(complete=True, failed=failed, shard_sha256=shard_sha256)
-        remove_progress(self.path, self.plan.name)
+        arrays = {**self._write_manifest(done), "mean": mean, "variance": np.maximum(mean_of_squares - mean * mean, 0)}
+        for name, values in arrays.items():
+            self._write_array(name, values)
+        failed = sum(marker["failed"] for marker in done) // self.plan.views
+        shard_sha256 = [marker["files_sha256"][self._shard_key(shard)] for shard, marker in zip(self.shards, done, strict=True)]
+        attributes = self._write_attributes(complete=True, failed=failed, shard_sha256=shard_sha256)
+        remove_progress(self._folder, self.plan.name)
         return attributes
+
+    def _write_manifest(self, markers: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
+        """The manifest of the whole split; returns its columns that become arrays."""
+        parts = (self._read_checked(self._part(shard, "parquet"), marker) for shard, marker in zip(self.shards, markers, strict=True))
+        labels, oks = [], []
+        with self._folder.creating(manifest_key(self.plan.name)) as file:
+            for table in merge_parts(file, parts):
+                labels.append(np.asarray(table["label"], np.int32))
+                oks.append(np.asarray(pc.equal(table["status"], OK)))
+        return {"label": np.concatenate(labels), "ok": np.concatenate(oks)}
 
     def _create(self) -> None:
         """The groups and the empty array of latents, each file whole; the split's own zarr.json comes last but one, before its array."""
         kind = {"kind": STORE_KIND, "format_version": FORMAT_VERSION, "fingerprint": self.encoding.fingerprint}
-        if len(split_attributes(self.path) if self.path.exists() else {}) == 0:
-            _write_group(self.path, {**kind, **self.encoding.attributes()})
+        if not (is_store(self._folder) and split_attributes(self._folder)):
+            self._write_group("zarr.json", {**kind, **self.encoding.attributes()})
         self._write_attributes(complete=False, failed=0, shard_sha256=[])
+        self._folder.write(f"{self.plan.name}/latents/zarr.json", self._latent_files()["zarr.json"].to_bytes())
+
+    def _latent_files(self, shard: Shard | None = None, latents: NDArray[Any] | None = None) -> dict[str, Any]:
+        """The files that Zarr makes of the array of latents when one shard is written to it, in memory, by key; None: the empty array's."""
         shape = self.encoding.latent_shape
-        zarr.create_array(
-            str(self._split),
-            name="latents",
+        files: dict[str, Any] = {}
+        array = zarr.create_array(
+            MemoryStore(store_dict=files),
             shape=(self.plan.rows, *shape),
             chunks=(self.plan.chunk_rows, *shape),
             shards=(self.plan.shard_rows, *shape),
             dtype=self.encoding.dtype,
-            # Latents hardly compress (6 % at any level), so the fastest level; crc32c finds a flipped bit on read.
-            compressors=[ZstdCodec(level=1), Crc32cCodec()],
+            # Latents hardly compress (8 % at best), so what decodes fastest (docs/store.md); crc32c finds a flipped bit on read. Zarr calls
+            # Blosc outside the main thread, where it uses no threads of its own and so gives the same bytes each time.
+            compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
             fill_value=math.nan,  # so that a lost file reads as NaN, which no reader takes for data
         )
+        if shard is not None and latents is not None:
+            array[shard.start : shard.stop] = latents
+        return files
+
+    def _encode_shard(self, shard: Shard, latents: NDArray[Any]) -> bytes:
+        return bytes(self._latent_files(shard, latents)[f"c/{shard.index}/0/0/0"].to_bytes())
 
     def _write_attributes(self, *, complete: bool, failed: int, shard_sha256: list[str]) -> dict[str, Any]:
         plan = asdict(self.plan)
         name = plan.pop("name")
-        versions = (split_attributes(self.path).get(name) or {}).get("package_versions") or _package_versions()
+        versions = (split_attributes(self._folder).get(name) or {}).get("package_versions") or _package_versions()
         attributes = {"kind": SPLIT_KIND, **plan, "rows": self.plan.rows, "package_versions": versions}
-        attributes |= {"complete": complete, "failed": failed, "shard_sha256": shard_sha256}
-        _write_group(self._split, attributes)
-        return attributes
+        files = self._files_sha256() if complete else {}
+        attributes |= {"complete": complete, "failed": failed, "shard_sha256": shard_sha256, "files_sha256": files}
+        return self._write_group(f"{name}/zarr.json", attributes)
+
+    def _files_sha256(self) -> dict[str, str]:
+        """Of every file of the split but its shards and its attributes."""
+        name = self.plan.name
+        keys = [key for key in self._folder.sizes(name) if not key.startswith(f"{name}/latents/c/") and key != f"{name}/zarr.json"]
+        return {key: hashlib.sha256(self._folder.read(key) or b"").hexdigest() for key in [*keys, manifest_key(name)]}
+
+    def _write_group(self, key: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """A Zarr v3 group is this one file; written by ourselves because it must be replaced whole."""
+        sealed = seal(attributes)
+        self._folder.write(key, json_bytes({"attributes": sealed, "zarr_format": 3, "node_type": "group"}))
+        return sealed
 
     def _write_array(self, name: str, values: NDArray[Any]) -> None:
-        shutil.rmtree(self._split / name, ignore_errors=True)
+        """A small array in one chunk."""
+        files: dict[str, Any] = {}
         compressors = [ZstdCodec(level=1), Crc32cCodec()]
-        zarr.create_array(str(self._split), name=name, data=values, chunks=values.shape, compressors=compressors, fill_value=0)
-        for file in (self._split / name).rglob("*"):
-            if file.is_file():
-                _flush(file)
+        zarr.create_array(MemoryStore(store_dict=files), data=values, chunks=values.shape, compressors=compressors, fill_value=0)
+        self._folder.remove(f"{self.plan.name}/{name}")
+        for key, data in files.items():
+            self._folder.write(f"{self.plan.name}/{name}/{key}", data.to_bytes())
 
     def _remove_split(self) -> None:
         """Its attributes go first, so that a half removed split is never taken for one that is complete."""
-        (self._split / "zarr.json").unlink(missing_ok=True)
-        manifest_path(self.path, self.plan.name).unlink(missing_ok=True)
-        for folder in (self._split, self._progress):
-            shutil.rmtree(folder, ignore_errors=True)
+        name = self.plan.name
+        for key in (f"{name}/zarr.json", manifest_key(name), name, f"progress/{name}"):
+            self._folder.remove(key)
 
-    def _sweep(self) -> None:
-        """Remove the temporary files of a killed process."""
-        for folder in (self._split, self._progress):
-            for pattern in _TEMPORARY:
-                for file in folder.rglob(pattern):
-                    file.unlink(missing_ok=True)
-        for folder in (self.path, self.path / "manifest"):
-            for pattern in _TEMPORARY:
-                for file in folder.glob(pattern):
-                    file.unlink(missing_ok=True)
+    def _find_todo(self) -> list[Shard]:
+        """Own shards without a marker, or whose files do not fit it; the latter are noted as damage."""
+        with ThreadPoolExecutor(_CHECKING_THREADS, thread_name_prefix="revq-check") as pool:
+            states = list(pool.map(self._state_of, self.own))
+        self.damaged += [shard for shard, state in zip(self.own, states, strict=True) if state == "damaged"]
+        return [shard for shard, state in zip(self.own, states, strict=True) if state != "done"]
 
-    def _is_done(self, shard: Shard) -> bool:
-        """Whether the marker is there and its checksums fit; a marker that does not fit is noted as damage."""
-        marker = read_json(self._marker(shard))
-        if marker is not None and marker.get("sha256") == self._checksums(shard):
-            return True
-        if self._marker(shard).exists():
-            self.damaged.append(shard)
-        return False
+    def _state_of(self, shard: Shard) -> Literal["done", "damaged", "missing"]:
+        data = self._folder.read(self._marker(shard))
+        if data is None:
+            return "missing"
+        marker = self._read_marker(shard)
+        if marker is None:
+            return "damaged"
+        found = {key: _sha256(self._folder.read(key)) for key in marker["files_sha256"]}
+        return "done" if found == marker["files_sha256"] else "damaged"
 
-    def _checksums(self, shard: Shard) -> dict[str, str | None]:
-        files = {"shard": self._shard_file(shard), "manifest": self._part(shard, "parquet"), "sums": self._part(shard, "npy")}
-        return {name: sha256_file(file) if file.exists() else None for name, file in files.items()}
+    def _read_marker(self, shard: Shard) -> dict[str, Any] | None:
+        """None where there is none, or it is damaged."""
+        marker = parse_json(self._folder.read(self._marker(shard)))
+        return marker if marker is not None and is_sealed(marker) else None
 
-    def _shard_file(self, shard: Shard) -> Path:
-        return self._split / "latents" / self._latents.metadata.encode_chunk_key((shard.index, 0, 0, 0))
+    def _read_checked(self, key: str, marker: Mapping[str, Any]) -> bytes:
+        """A file that a marker vouches for."""
+        data = self._folder.read(key)
+        if data is None or _sha256(data) != marker["files_sha256"][key]:
+            raise StoreError(f"{key} of {self._folder.name} was damaged after it was written; give the same command again to redo it")
+        return data
 
-    def _part(self, shard: Shard, suffix: str) -> Path:
-        return self._progress / f"shard-{shard.index:05d}.{suffix}"
+    def _shard_key(self, shard: Shard) -> str:
+        return f"{self.plan.name}/latents/c/{shard.index}/0/0/0"
 
-    def _marker(self, shard: Shard) -> Path:
+    def _part(self, shard: Shard, suffix: str) -> str:
+        return f"progress/{self.plan.name}/shard-{shard.index:05d}.{suffix}"
+
+    def _marker(self, shard: Shard) -> str:
         return self._part(shard, "json")
 
 
@@ -335,18 +390,8 @@ def _npy(array: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _write_group(path: Path, attributes: Mapping[str, Any]) -> None:
-    """A Zarr v3 group is this one file; written by ourselves because it must be replaced whole and reach the disk before what follows."""
-    write_json(path / "zarr.json", {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"})
-
-
-def _flush(file: Path) -> None:
-    with open(file, "rb") as opened:
-        os.fsync(opened.fileno())
-
-
-def _is_temporary(path: Path) -> bool:
-    return any(path.match(pattern) for pattern in _TEMPORARY)
+def _sha256(data: bytes | None) -> str | None:
+    return None if data is None else hashlib.sha256(data).hexdigest()
 
 
 def _package_versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from ..errors import ConfigError
 
@@ -37,7 +38,8 @@ def process_group() -> Iterator[int]:
             raise ConfigError(f"torchrun started more processes here than there are GPUs ({torch.cuda.device_count()}); lower --nproc-per-node")
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
+    # A rank may wait for another that has a shard more to do; torchrun ends them all when one dies, so nobody waits for the dead.
+    dist.init_process_group(backend, timeout=timedelta(hours=12))
     try:
         yield rank
     finally:

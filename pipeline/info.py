@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..cache.store import LatentSplit, LatentStore, is_store, split_attributes
-from ..errors import CodebookError, RevqError, StoreError, TokenizerError
-from ..files import output_kind, read_json, sha256_file
-from ..stages.events import Advance, Begin, Event, Note, Result
+from ..cache.store import is_store
+from ..cache.store_folder import local_root, open_folder
+from ..errors import CodebookError, RevqError, TokenizerError
+from ..files import output_kind, read_json
+from ..stages.events import Event, Result
+from .store_info import describe_store, verify_store
 
 _KINDS = "a latent store, codebooks, a tokenizer, a run folder of train-rectifier, an evaluation, or the folder of `revq run`"
 
@@ -23,25 +23,25 @@ def info(path: str, *, verify: bool = False) -> Iterator[Event]:
     Raises:
         RevqError: nothing is there, it is nothing of revq's, or (with `verify`) it is damaged.
     """
-    folder = Path(path).expanduser()
-    if not folder.exists():
+    if not open_folder(path).exists():
         raise RevqError(f"{path} does not exist; give the path of {_KINDS}")
-    value = describe(folder)
+    value = describe(path)
     if verify:
-        yield from _verify(folder, str(value["kind"]))
+        yield from _verify(path, str(value["kind"]))
         value["verified"] = True
     yield Result(value=value)
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """JSON values that say what is at `path`, and under "kind" what it is.
+def describe(path: str | Path) -> dict[str, Any]:
+    """JSON values that say what is at `path` (a store may be at an fsspec URL), and under "kind" what it is.
 
     Raises:
         RevqError: it is nothing of revq's.
     """
     if is_store(path):
-        return _describe_store(path)
-    kind = output_kind(path)
+        return describe_store(open_folder(path))
+    folder = local_root(open_folder(path))
+    kind = output_kind(folder) if folder else None
     describers = {
         "revq-codebooks": _describe_codebooks,
         "revq-tokenizer": _describe_tokenizer,
@@ -49,37 +49,10 @@ def describe(path: Path) -> dict[str, Any]:
         "revq-evaluation": _describe_evaluation,
         "revq-run": _describe_run,
     }
-    if kind not in describers:
+    if folder is None or kind not in describers:
         found = f"its config.json is of kind {kind!r}" if kind else "it has neither a store's zarr.json nor a config.json with a kind"
         raise RevqError(f"{path} is nothing that revq made ({found}); give the path of {_KINDS}")
-    return {"path": str(path), "kind": kind, **describers[kind](path)}
-
-
-def _describe_store(path: Path) -> dict[str, Any]:
-    store = LatentStore.open(path)
-    encoding = store.encoding
-    splits = {name: _describe_split(path, name, attributes) for name, attributes in split_attributes(path).items()}
-    return {
-        "path": str(path),
-        "kind": "revq-latents",
-        "fingerprint": store.fingerprint,
-        "latent_shape": list(encoding.latent_shape),
-        "dtype": encoding.dtype,
-        "image_size": encoding.image_size,
-        "vae": encoding.vae["id"],
-        "vae_fingerprint": encoding.vae["fingerprint"],
-        "bytes": _bytes_under(path),
-        **{f"split {name}": part for name, part in splits.items()},
-    }
-
-
-def _describe_split(path: Path, name: str, attributes: dict[str, Any]) -> dict[str, Any]:
-    known = ("rows", "images", "views", "failed", "seed", "source", "complete")
-    part = {field: attributes[field] for field in known if field in attributes}
-    if not part["complete"]:
-        markers = len(list((path / "progress" / name).glob("shard-*.json")))
-        part["finished_shards"] = f"{markers} of {math.ceil(attributes['rows'] / attributes['shard_rows'])}"
-    return {**part, "bytes": _bytes_under(path / name)}
+    return {"path": str(folder), "kind": kind, **describers[kind](folder)}
 
 
 def _describe_codebooks(path: Path) -> dict[str, Any]:
@@ -131,11 +104,13 @@ def _bytes_under(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def _verify(path: Path, kind: str) -> Iterator[Event]:
-    """Read everything of revq's at `path` again; raises the part's own error at the first fault."""
+def _verify(location: str | Path, kind: str) -> Iterator[Event]:
+    """Read everything of revq's at `location` again; raises the part's own error at the first fault."""
     if kind == "revq-latents":
-        yield from _verify_store(path)
-    elif kind == "revq-codebooks":
+        yield from verify_store(open_folder(location))
+        return
+    path = Path(location).expanduser()
+    if kind == "revq-codebooks":
         _verify_codebooks(path)
     elif kind == "revq-tokenizer":
         _verify_tokenizer(path)
@@ -148,58 +123,6 @@ def _verify(path: Path, kind: str) -> Iterator[Event]:
         for name in ("latents.zarr", "codebooks", "rectifier", "evaluation"):
             if (path / name).exists():
                 yield from _verify(path / name, str(describe(path / name)["kind"]))
-
-
-def _verify_store(path: Path) -> Iterator[Event]:
-    """Every chunk's checksum, finite values, zeros where a row failed, the manifest and the mean against the rows."""
-    store = LatentStore.open(path)
-    for name, attributes in split_attributes(path).items():
-        if not attributes["complete"]:
-            yield Note(text=f'split "{name}" is not finished; give the same encode-latents command again to finish it', warning=True)
-            continue
-        yield from _verify_split(store, store[name])
-
-
-def _verify_split(store: LatentStore, split: LatentSplit) -> Generator[Event, None, None]:
-    rows, where = len(split), f'split "{split.name}" of {store.path}'
-    if split.latents.shape != (rows, *store.encoding.latent_shape) or len(split.ok) != rows or len(split.labels) != rows:
-        raise StoreError(
-            f"{where} is damaged: {rows} rows are announced, but latents has the shape {split.latents.shape}; encode it again with --overwrite"
-        )
-    manifest_ok = np.array([status == "ok" for status in split.manifest()["status"].to_pylist()])
-    if not np.array_equal(manifest_ok, split.ok):
-        raise StoreError(f"{where} is damaged: its manifest and its array ok disagree; encode it again with --overwrite")
-    sums = np.zeros(store.encoding.latent_shape)
-    yield Begin(task=f"verify {split.name}", total=rows, unit="rows")
-    for start in range(0, rows, split.shard_rows):
-        stop = min(start + split.shard_rows, rows)
-        _check_file(store.path, split, start // split.shard_rows, where)
-        sums += _checked_sum(split, start, stop, where)
-        yield Advance(done=stop)
-    mean = sums / max(int(split.ok.sum()), 1)
-    if not np.allclose(mean, split.mean, rtol=1e-6, atol=1e-6):
-        raise StoreError(f"{where} is damaged: its mean is not that of its rows; encode it again with --overwrite")
-
-
-def _check_file(store: Path, split: LatentSplit, shard: int, where: str) -> None:
-    """The SHA-256 that was taken when the shard was written."""
-    file = store / split.name / "latents" / split.latents.metadata.encode_chunk_key((shard, 0, 0, 0))
-    if not file.is_file() or sha256_file(file) != split.attributes["shard_sha256"][shard]:
-        raise StoreError(f"{where} is damaged: {file} is missing or is not what was written; encode it again with --overwrite")
-
-
-def _checked_sum(split: LatentSplit, start: int, stop: int, where: str) -> np.ndarray:
-    """(C,H,W) float64 sum over the ok rows start .. stop."""
-    try:
-        block = np.asarray(split.latents[start:stop], dtype=np.float64)
-    except Exception as error:  # a failed checksum is a ValueError, a cut file a RuntimeError, and Zstd has its own
-        reason = " ".join(str(error).split())[:160]
-        raise StoreError(f"{where} is damaged in rows {start} to {stop - 1} ({reason}); encode it again with --overwrite") from error
-    ok = split.ok[start:stop]
-    unsound = ~np.isfinite(block).all(axis=(1, 2, 3)) | (~ok & block.any(axis=(1, 2, 3)))
-    if unsound.any():
-        raise StoreError(f"{where} is damaged: row {start + int(unsound.argmax())} holds values it must not hold; encode it again with --overwrite")
-    return np.asarray(block[ok].sum(axis=0))
 
 
 def _verify_codebooks(path: Path) -> None:

@@ -28,6 +28,7 @@ from rich.text import Text
 from ..errors import RevqError
 from ..files import disk_errors
 from ..stages.events import Advance, Begin, Event, Note, Result
+from .distributed import world
 
 RATE_WINDOW_S = 30.0
 LINE_EVERY_S = 10.0
@@ -275,7 +276,8 @@ def one_line_errors() -> Iterator[None]:
         line = _one_line(error)
         if line is None or os.environ.get("REVQ_DEBUG"):
             raise
-        print(_printable(f"revq: error: {line}"), file=sys.stderr)
+        rank, size = world()
+        print(_printable(f"revq: error{f' on rank {rank}' if size > 1 else ''}: {line}"), file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -283,6 +285,8 @@ def _one_line(error: Exception) -> str | None:
     """The error as one line for people; None for a fault of revq's own, which needs its traceback."""
     if isinstance(error, RevqError):
         return " ".join(str(error).split())
+    if world()[1] > 1 and isinstance(error, RuntimeError) and "Connection" in str(error) and "peer" in str(error):
+        return "another rank stopped, so this one cannot go on; what it finished is kept, and the first error above says why"
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return "out of memory; give a smaller --batch-size (what is finished is kept)"
     if isinstance(error, OSError) and error.errno is not None:
@@ -337,9 +341,27 @@ def _description(value: Mapping[str, Any]) -> list[str]:
     for name, part in value.items():
         if name == "rows":
             lines += ["", *_evaluation(value)]
+        elif name == "splits":
+            lines += ["", *_splits(part)]
         elif isinstance(part, Mapping):
             lines += ["", f"{name}:", *_made(part)]
     return lines
+
+
+def _splits(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table of a store's splits, then why images failed."""
+    names = ("images", "views", "rows", "failed", "bytes", "compression", "state")
+    cells = [["split", *names]]
+    for name, split in splits.items():
+        cells.append([name, *("-" if split[column] is None else _told(column, split[column]) for column in names)])
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = [
+        "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in cells
+    ]
+    for name, split in splits.items():
+        lines += ["", f"  source of {name}: {split['source']}, seed {split['seed']}"]
+        lines += [f"  failed in {name}: {count} x {reason}" for reason, count in split["failures"].items()]
+    return lines if splits else ["  no split yet"]
 
 
 def _words(name: str) -> str:

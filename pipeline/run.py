@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import MismatchError, OutputError
 from ..files import claim_output
+from ..stages import ranks
 from ..stages.encode_latents import encode_latents
 from ..stages.evaluate import EvaluateConfig, evaluate
 from ..stages.events import Begin, Event, Note, Result
@@ -30,7 +31,9 @@ def run(plan: Plan, *, overwrite: bool = False) -> Iterator[Event]:
         OutputError: the folder holds something else, or (without `overwrite`) a stage made with other settings.
         RevqError: see the stages.
     """
-    claim_output(plan.out, kind=RUN_KIND, identity={})
+    if ranks.rank() == 0:
+        claim_output(plan.out, kind=RUN_KIND, identity={})
+    ranks.barrier()
     steps: list[tuple[str, Callable[[Any], Iterator[Event]], Any]] = [
         ("encode-latents train", encode_latents, plan.encode_train),
         ("encode-latents val", encode_latents, plan.encode_val),
@@ -67,6 +70,6 @@ def _step(stage: Callable[[Any], Iterator[Event]], config: Any, *, overwrite: bo
 def evaluate_and_report(config: EvaluateConfig) -> Iterator[Event]:
     """`evaluate`, and the report made of what it measured."""
     for event in evaluate(config):
-        if isinstance(event, Result):
+        if isinstance(event, Result) and ranks.rank() == 0:
             write_report(Path(config.out))
         yield event

@@ -4,7 +4,8 @@
 
 In: images (see `cache.sources` and `cache.images`). Out: a split of STORE (see `cache.store`). Threads decode and resize a few batches
 ahead, the main thread runs the encoder, one thread writes finished shards. Memory: two shards of latents and a few batches of pixels,
-whatever the number of images. A batch never reaches into the next shard, so that a resumed run forms the same batches.
+whatever the number of images. A batch never reaches into the next shard, so that a resumed run forms the same batches. Under torchrun
+each rank encodes whole shards of its own; the bytes are those of a single process.
 
 Shapes: N images; B rows in a batch; C,H,W latent channels, rows, columns; S image side.
 """
@@ -17,9 +18,8 @@ import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,8 @@ from torch import Tensor
 from ..cache.images import Pixels, UnreadableImage, View, load_views, read_ahead
 from ..cache.manifest import FAILED, OK, ManifestRow, first_failure
 from ..cache.sources import ImageSource, open_source, order_sha256
-from ..cache.store import Encoding, manifest_path, split_attributes
+from ..cache.store import Encoding, LatentStore, manifest_key
+from ..cache.store_folder import StoreFolder, open_folder
 from ..cache.writer import Shard, SplitPlan, SplitWriter, check_split_name, check_target, remove_progress, shard_layout, target_state
 from ..errors import ConfigError, ImageError, StoreError
 from ..models.device import pick_device
@@ -46,9 +47,9 @@ class EncodeLatentsConfig:
     """What to encode, with what, to where."""
 
     images: str
-    """Folder of class folders, flat folder of images, or "photographs:train" / "photographs:held-out"."""
+    """Folder, .tar, WebDataset shards or Parquet (see `cache.sources.open_source`), or "photographs:train" / "photographs:held-out"."""
     store: str
-    """The latent store: a new path, or a store that gets one more split."""
+    """The latent store: a new path or fsspec URL (s3://bucket/latents.zarr), or a store that gets one more split."""
     vae: str = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
     """Hub id, local folder in diffusers' format, FILE.py:FACTORY, or "revq-tiny-f8c8"."""
     split: str = "train"
@@ -93,6 +94,7 @@ class _Job:
     """What the whole run shares."""
 
     config: EncodeLatentsConfig
+    folder: StoreFolder
     source: ImageSource
     vae: FrozenVAE
     encoding: Encoding
@@ -132,35 +134,50 @@ def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
         VAEError: the VAE cannot be found, or does not take this image size.
         StoreError: every image failed, or a latent does not fit the dtype.
         MismatchError: the store or the split belongs to another encoding or run.
-        OutputError: the store's path holds something else, or cannot be written.
+        OutputError: the store's path holds something else, cannot be written, or is being written by another process.
     """
-    ranks.refuse_many("encode-latents")
-    store = Path(config.store).expanduser()
-    check_target(store)
+    folder = open_folder(config.store)
+    check_target(folder)
     source = open_source(config.images)
-    job = _prepare(config, source)
-    state = target_state(store, job.encoding, job.plan, overwrite=config.overwrite)
+    yield from (Note(text=text) for text in source.notes)
+    job = _prepare(config, folder, source)
+    state = target_state(folder, job.encoding, job.plan, overwrite=config.overwrite)
     if config.dry_run:
         shape, megabytes = "x".join(map(str, job.encoding.latent_shape)), _latent_bytes(job) / 1e6
         yield Note(text=f"dry run, nothing is written: {job.plan.rows} rows of {shape} {config.dtype} would take {megabytes:.1f} MB uncompressed")
         yield Result(value=_result(job, failed=0, images_per_s=None, already_complete=state == "complete"))
         return
     if state == "complete":
-        yield from _tell_complete(job, store)
+        yield from _tell_complete(job)
         return
-    writer = SplitWriter(store, job.encoding, job.plan, overwrite=config.overwrite)
+    with folder.locked(f"encode-latents --split {config.split}") if ranks.rank() == 0 else nullcontext():
+        value = yield from _encode_split(job)
+    yield Result(value=value)
+
+
+def _encode_split(job: _Job) -> Generator[Event, None, dict[str, Any]]:
+    """What is missing of the split; returns the result's value. Each rank encodes the shards that are its own, rank 0 creates and finishes."""
+    config, rank = job.config, ranks.rank()
+    if rank > 0:
+        ranks.barrier()  # rank 0 creates it
+    writer = SplitWriter(job.folder, job.encoding, job.plan, overwrite=config.overwrite, rank=rank, ranks=ranks.world_size())
+    if rank == 0:
+        ranks.barrier()
     yield from _notes_on_resume(config, writer)
     done = writer.rows_done // config.views
-    yield Begin(task=f"encode {config.split}", total=job.plan.images, unit="images", done=done)
+    task = f"encode {config.split}" if ranks.world_size() == 1 else f"encode {config.split} (rank {rank} of {ranks.world_size()})"
+    yield Begin(task=task, total=writer.rows_own // config.views, unit="images", done=done)
     progress = _Progress(images=done)
     yield from _encode_shards(job, writer, progress)
-    if progress.failed_this_run > _WARNINGS_IN_FULL:
-        yield Note(text=f"{progress.failed_this_run} images could not be read; the manifest names each with its reason", warning=True)
-    attributes = writer.finish()
-    yield Result(value=_result(job, failed=attributes["failed"], images_per_s=progress.images_per_s, already_complete=False))
+    counts = ranks.gather((progress.failed_this_run, progress.images_per_s))  # also the point where all ranks have written their shards
+    failed, images_per_s = (sum(values) for values in zip(*counts, strict=True))
+    if failed > _WARNINGS_IN_FULL:
+        yield Note(text=f"{failed} images could not be read; the manifest names each with its reason", warning=True)
+    attributes = ranks.broadcast(writer.finish() if rank == 0 else None)
+    return _result(job, failed=attributes["failed"], images_per_s=images_per_s, already_complete=False)
 
 
-def _prepare(config: EncodeLatentsConfig, source: ImageSource) -> _Job:
+def _prepare(config: EncodeLatentsConfig, folder: StoreFolder, source: ImageSource) -> _Job:
     """Load the VAE and settle every number that shapes the split."""
     vae = FrozenVAE.load(config.vae, device=pick_device(config.device))
     encoding = Encoding(vae=vae.identity(), image_size=config.image_size, latent_shape=vae.latent_shape(config.image_size), dtype=config.dtype)
@@ -178,7 +195,7 @@ def _prepare(config: EncodeLatentsConfig, source: ImageSource) -> _Job:
         chunk_rows=chunk_rows,
         shard_rows=shard_rows,
     )
-    return _Job(config, source, vae, encoding, plan)
+    return _Job(config, folder, source, vae, encoding, plan)
 
 
 def _encode_shards(job: _Job, writer: SplitWriter, progress: _Progress) -> Iterator[Event]:
@@ -293,21 +310,24 @@ def _report_failure(job: _Job, image: _Loaded, progress: _Progress) -> Iterator[
 
 def _notes_on_resume(config: EncodeLatentsConfig, writer: SplitWriter) -> Iterator[Event]:
     """What an earlier run left: shards that hold, shards that do not, and (strict) failures."""
-    if writer.damaged:
-        names = ", ".join(str(shard.index) for shard in writer.damaged[:5]) + (", ..." if len(writer.damaged) > 5 else "")
-        yield Note(text=f"{len(writer.damaged)} shards do not match their checksum (number {names}) and are encoded again", warning=True)
-    if writer.rows_done:
-        yield Note(text=f"resuming: {writer.rows_done} of {writer.plan.rows} rows are there")
+    found = ranks.gather((writer.rows_done, [shard.index for shard in writer.damaged]))
+    rows_done, damaged = sum(rows for rows, _ in found), sorted(index for _, indices in found for index in indices)
+    if damaged:
+        names = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        yield Note(text=f"{len(damaged)} shards do not match their checksum (number {names}) and are encoded again", warning=True)
+    if rows_done:
+        yield Note(text=f"resuming: {rows_done} of {writer.plan.rows} rows are there")
     _refuse_failure(config, writer.first_failure() if config.strict else None)
 
 
-def _tell_complete(job: _Job, store: Path) -> Iterator[Event]:
+def _tell_complete(job: _Job) -> Iterator[Event]:
     config = job.config
-    remove_progress(store, config.split)
-    failed = split_attributes(store)[config.split]["failed"]
-    _refuse_failure(config, first_failure(manifest_path(store, config.split)) if config.strict and failed else None)
-    yield Note(text=f'split "{config.split}" of {store} is complete already; --overwrite encodes it again')
-    yield Result(value=_result(job, failed=failed, images_per_s=None, already_complete=True))
+    if ranks.rank() == 0:
+        remove_progress(job.folder, config.split)
+    split = LatentStore(job.folder, job.encoding)[config.split]
+    _refuse_failure(config, first_failure(split.read_file(manifest_key(config.split))) if config.strict and split.failed else None)
+    yield Note(text=f'split "{config.split}" of {job.folder.name} is complete already; --overwrite encodes it again')
+    yield Result(value=_result(job, failed=split.failed, images_per_s=None, already_complete=True))
 
 
 def _refuse_failure(config: EncodeLatentsConfig, failure: tuple[str, str] | None) -> None:
@@ -319,16 +339,15 @@ def _refuse_failure(config: EncodeLatentsConfig, failure: tuple[str, str] | None
 
 def _result(job: _Job, *, failed: int, images_per_s: float | None, already_complete: bool) -> dict[str, Any]:
     """The result's value; bytes are those on disk, or in a dry run those of the uncompressed latents."""
-    store = Path(job.config.store).expanduser()
-    files = [] if job.config.dry_run else [file for file in (store / job.config.split).rglob("*") if file.is_file()]
+    sizes = {} if job.config.dry_run else job.folder.sizes(job.config.split)
     return {
-        "store": str(store),
+        "store": job.folder.name,
         "split": job.config.split,
         "rows": job.plan.rows,
         "images": job.plan.images,
         "failed": failed,
         "latent_shape": list(job.encoding.latent_shape),
-        "bytes": _latent_bytes(job) if job.config.dry_run else sum(file.stat().st_size for file in files),
+        "bytes": _latent_bytes(job) if job.config.dry_run else sum(sizes.values()),
         "fingerprint": job.encoding.fingerprint,
         "images_per_s": images_per_s,
         "already_complete": already_complete,

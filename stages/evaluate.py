@@ -63,7 +63,7 @@ class EvaluateConfig:
     tokenizer: str
     """Tokenizer folder, run folder of train-rectifier, or hub id."""
     images: str
-    """Folder of images that training did not see, or "photographs:held-out"."""
+    """Images that training did not see: folder, .tar, WebDataset shards, Parquet (see `cache.sources.open_source`), or "photographs:held-out"."""
     out: str
     """Output folder: new, or of the same evaluation."""
     protocol: str = "revq"

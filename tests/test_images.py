@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import struct
 import subprocess
 import sys
+import time
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,9 +158,25 @@ class Kind:
     rgb: tuple[int, int, int]
 
 
-def animated() -> bytes:
+def animated(file_format: str = "GIF", **options: object) -> bytes:
     frames = [Image.new("RGB", (20, 20), color) for color in ((255, 0, 0), (0, 255, 0))]
-    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    return encoded(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+
+
+def png(size: int, depth: int, color: int, row: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of kinds that Pillow does not write: `row` is every row's bytes, `chunks` come before the pixels."""
+    header = struct.pack(">IIBBBBB", size, size, depth, color, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress((b"\0" + row) * size)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts)
+
+
+def ycck() -> bytes:
+    """A JPEG of cyan, magenta, yellow and black as Photoshop writes it: inverted, its first three channels as YCbCr."""
+    y, cb, cr = Image.new("RGB", (20, 20), (0, 255, 255)).convert("YCbCr").split()  # the colour (0,255,255,0) in CMYK, which is red
+    inverted = [Image.eval(band, lambda value: 255 - value) for band in (y, cb, cr)]
+    data = encoded(Image.merge("CMYK", [*inverted, Image.new("L", (20, 20), 0)]), "JPEG", quality=100)
+    at = data.index(b"Adobe") + 11
+    return data[:at] + b"\x02" + data[at + 1 :]  # the marker's transform: YCCK
 
 
 KINDS = [
@@ -169,7 +189,20 @@ KINDS = [
     Kind("transparent-colour", lambda: encoded(Image.new("RGB", (20, 20), (1, 2, 3)), transparency=(1, 2, 3)), (255, 255, 255)),
     Kind("16-bit", lambda: encoded(Image.fromarray(np.full((20, 20), 0x80FF, np.uint16))), (128, 128, 128)),
     Kind("cmyk", lambda: encoded(Image.new("CMYK", (20, 20), (0, 255, 255, 0)), "TIFF"), (255, 0, 0)),
-    Kind("animated", animated, (255, 0, 0)),
+    Kind("16-bit-rgb", lambda: png(9, 16, 2, struct.pack(">HHH", 0xC8FF, 0x1E00, 0x3C80) * 9), (200, 30, 60)),
+    Kind("16-bit-rgba", lambda: png(9, 16, 6, struct.pack(">HHHH", 0xC8FF, 0x1E00, 0x3C80, 0) * 9), (255, 255, 255)),
+    Kind("palette-with-alpha", lambda: encoded(Image.new("RGB", (20, 20), (255, 0, 0)).quantize(4), transparency=bytes(4)), (255, 255, 255)),
+    Kind("cmyk-jpeg-of-adobe", lambda: encoded(Image.new("CMYK", (20, 20), (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)),
+    Kind("ycck-jpeg", ycck, (255, 0, 0)),
+    Kind("ycbcr-tiff", lambda: encoded(Image.new("RGB", (20, 20), (128, 128, 128)).convert("YCbCr"), "TIFF"), (128, 128, 128)),
+    Kind("animated-gif", animated, (255, 0, 0)),
+    Kind("animated-webp", lambda: animated("WEBP", lossless=True), (255, 0, 0)),
+    Kind("animated-png", lambda: animated("PNG"), (255, 0, 0)),
+    Kind("mpo", lambda: animated("MPO", quality=100), (254, 0, 0)),
+    Kind("grey-jpeg-that-ends-in-grey", lambda: encoded(Image.new("L", (20, 20), 128), "JPEG"), (128, 128, 128)),
+    Kind("jpeg-that-ends-in-grey", lambda: encoded(Image.new("RGB", (40, 40), (128, 128, 128)), "JPEG"), (128, 128, 128)),
+    Kind("progressive-that-ends-in-grey", lambda: encoded(Image.new("RGB", (40, 40), (128,) * 3), "JPEG", progressive=True), (128, 128, 128)),
+    Kind("png-with-broken-profile", lambda: png(9, 8, 0, b"\x07" * 9, (b"iCCP", b"a\0\0garbage")), (7, 7, 7)),
 ]
 
 
@@ -206,23 +239,117 @@ class Bad:
     reason: str
 
 
+def huge_header() -> bytes:
+    small = png(9, 8, 0, b"\0" * 9)
+    header = struct.pack(">II", 30000, 30000) + small[24:29]
+    return small[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + small[33:]
+
+
+def with_bytes(data: bytes, at: int, new: bytes) -> bytes:
+    return data[:at] + new + data[at + len(new) :]
+
+
+BROKEN_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 20  # announces 65535 entries
+PNG = encoded(Image.fromarray(noise(64, 64)))
+FRAME = JPEG.index(b"\xff\xc0") + 5  # height and width in the frame header
+
 BAD = [
     Bad("empty", lambda: b"", "empty"),
-    Bad("text", lambda: b"this is no picture\n", "cannot identify"),
+    Bad("text", lambda: b"this is no picture\n", "not a BMP, GIF, JPEG.*this is no p"),
     Bad("truncated-jpeg", lambda: JPEG[: len(JPEG) // 2], "truncated"),
-    Bad("header-only", lambda: JPEG[:4], "cannot identify"),
+    Bad("header-only", lambda: JPEG[:4], "not a BMP"),
     Bad("truncated-png", lambda: encoded(Image.fromarray(noise(64, 64)))[:2000], "truncated|Truncated"),
     Bad("float", lambda: encoded(Image.new("F", (9, 9)), "TIFF"), "mode F"),
+    Bad("lab", lambda: encoded(Image.new("LAB", (9, 9)), "TIFF"), "mode LAB"),
+    Bad("heic", lambda: b"\0\0\0\x18ftypheic" + bytes(90), "ftypheic"),
+    Bad("postscript", lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n", "not a BMP"),
+    Bad("truncated-progressive", lambda: encoded(Image.fromarray(noise(64, 64)), "JPEG", progressive=True)[:-300], "truncated"),
+    Bad("jpeg-with-an-early-end-mark", lambda: with_bytes(JPEG, len(JPEG) // 2, b"\xff\xd9"), "end before the picture"),
+    Bad("jpeg-cut-and-mended", lambda: JPEG[: len(JPEG) // 2] + b"\xff\xd9", "end before the picture"),
+    Bad("jpeg-cut-inside-a-pair-and-mended", lambda: JPEG[: JPEG.index(b"\xff\x00", len(JPEG) // 2) + 1] + b"\xff\xd9", "end before the picture"),
+    Bad("jpeg-with-fewer-rows-than-it-says", lambda: with_bytes(JPEG, FRAME, b"\x01\xe0"), "end before the picture"),
+    Bad("jpeg-huge-in-its-header-only", lambda: with_bytes(JPEG, FRAME, b"\xff\xf0\xff\xf0"), "pixels"),
+    Bad("png-huge-in-its-header-only", lambda: huge_header(), "pixels"),
+    Bad("png-with-a-flipped-bit", lambda: with_bytes(PNG, 3000, bytes([PNG[3000] ^ 1])), "checksum of its IDAT"),
+    Bad("png-with-a-bomb-in-its-text", lambda: png(9, 8, 0, b"\0" * 9, (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))), "too large"),
     Bad("bomb", bomb, "pixels"),
     Bad("bomb-that-pillow-only-warns-of", warned_bomb, "pixels"),
 ]
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.id)
-def test_what_gives_no_picture_gives_a_reason_of_one_line(bad: Bad) -> None:
+def test_what_gives_no_picture_gives_a_reason_of_one_line_the_same_each_time(bad: Bad) -> None:
+    data = bad.make()
     with pytest.raises(UnreadableImage, match=bad.reason) as caught:
-        load_pixels(bad.make(), 16)
+        load_pixels(data, 16)
+    with pytest.raises(UnreadableImage) as again:
+        load_pixels(data, 16)
     assert "\n" not in caught.value.reason
+    assert again.value.reason == caught.value.reason
+    assert " at 0x" not in caught.value.reason
+
+
+SOUND = [
+    Bad("trailing-garbage", lambda: JPEG + b"garbage" * 100, ""),
+    Bad("broken-exif", lambda: encoded(Image.fromarray(noise(64, 64)), "JPEG", exif=BROKEN_EXIF), ""),
+    Bad("broken-profile", lambda: encoded(Image.fromarray(noise(64, 64)), "JPEG", icc_profile=b"nonsense" * 10), ""),
+]
+
+
+@pytest.mark.parametrize("case", SOUND, ids=lambda case: case.id)
+def test_what_is_broken_beside_the_picture_does_not_matter_and_nothing_warns(case: Bad) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        np.testing.assert_array_equal(load_pixels(case.make(), 16).array, load_pixels(JPEG, 16).array)
+    assert caught == []
+
+
+def test_a_bomb_is_refused_before_any_of_it_is_decoded() -> None:
+    data = bomb()
+    begun = time.perf_counter()
+    with pytest.raises(UnreadableImage):
+        load_pixels(data, 16)
+    assert time.perf_counter() - begun < 0.1  # decoding its 400 million pixels takes seconds
+    assert len(data) < 100_000
+
+
+@pytest.fixture(scope="module")
+def real_files(imagenet_sample: Path) -> dict[str, bytes]:
+    """Two small real photographs, one of them as PNG too, and as progressive JPEG."""
+    smallest = sorted((imagenet_sample / "val").rglob("*.JPEG"), key=lambda path: path.stat().st_size)[:2]
+    image = Image.open(io.BytesIO(smallest[0].read_bytes())).convert("RGB").resize((90, 70))
+    kinds = {"png": encoded(image), "progressive": encoded(image, "JPEG", progressive=True), "exif": encoded(image, "JPEG", exif=BROKEN_EXIF)}
+    return {"jpeg": smallest[0].read_bytes(), "jpeg-2": smallest[1].read_bytes(), "palette": encoded(image.quantize(9), transparency=1), **kinds}
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.data())
+def test_damaged_real_files_give_pixels_or_a_reason_and_never_anything_else(real_files: dict[str, bytes], data: st.DataObject) -> None:
+    damaged = bytearray(real_files[data.draw(st.sampled_from(sorted(real_files)))])
+    reach = data.draw(st.sampled_from([40, 700, len(damaged)]))  # headers are where it hurts most
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(0, min(reach, len(damaged)) - 1))
+        change = data.draw(st.sampled_from(["set", "cut", "insert", "remove"]))
+        if change == "set":
+            damaged[at] = data.draw(st.integers(0, 255))
+        elif change == "insert":
+            damaged[at:at] = data.draw(st.binary(max_size=40))
+        else:
+            del damaged[at + 1 : None if change == "cut" else at + 9]
+        damaged = damaged or bytearray(1)
+    with contextlib.suppress(UnreadableImage):
+        assert load_pixels(bytes(damaged), 16).array.shape == (3, 16, 16)
+
+
+def test_no_real_photograph_is_taken_for_damaged_and_each_that_is_cut_and_mended_is_found(imagenet_sample: Path) -> None:
+    found = 0
+    for path in sorted((imagenet_sample / "val").rglob("*.JPEG"))[::7]:
+        data = path.read_bytes()
+        load_pixels(data, 32)
+        with pytest.raises(UnreadableImage):
+            load_pixels(data[: len(data) * 3 // 4] + b"\xff\xd9", 32)
+        found += 1
+    assert found == 15
 
 
 def test_a_picture_too_large_is_refused_even_where_pillow_warns_in_vain() -> None:

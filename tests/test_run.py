@@ -123,8 +123,10 @@ def test_info_knows_everything_that_revq_makes(whole: tuple[Path, str], revq_cli
 def test_info_tells_people_what_a_store_holds(whole: tuple[Path, str], revq_cli: Cli):
     lines = revq_cli("info", whole[0] / "out" / "latents.zarr").stdout.splitlines()
     assert lines[0] == f"{whole[0] / 'out' / 'latents.zarr'}: revq-latents"
-    assert lines.count("  rows      16") == 2
-    assert "split train:" in lines
+    table = [line.split() for line in lines]
+    header = table.index(["split", "images", "views", "rows", "failed", "bytes", "compression", "state"])
+    assert [row[:5] for row in table[header + 1 : header + 3]] == [["train", "16", "1", "16", "0"], ["val", "16", "1", "16", "0"]]
+    assert all(row[-1] == "complete" for row in table[header + 1 : header + 3])
 
 
 def flip_a_byte(path: Path) -> None:

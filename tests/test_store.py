@@ -45,7 +45,7 @@ def manifest_of(plan: SplitPlan) -> list[ManifestRow]:
 
 
 def write(
-    path: Path, plan: SplitPlan = PLAN, shards: Sequence[int] | None = None, encoding: Encoding = ENCODING, overwrite: bool = False
+    path: Path | str, plan: SplitPlan = PLAN, shards: Sequence[int] | None = None, encoding: Encoding = ENCODING, overwrite: bool = False
 ) -> SplitWriter:
     """Write the shards of these numbers; None means all that are to do, and finish."""
     writer = SplitWriter(path, encoding, plan, overwrite=overwrite)
@@ -303,9 +303,9 @@ def test_what_cannot_be_opened_is_told_apart(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r'no split "val" \(there: train\)'):
         store["val"]
     group = read_json(tmp_path / "s" / "zarr.json") or {}
-    group["attributes"]["format_version"] = 2
+    group["attributes"]["format_version"] = 3
     write_json(tmp_path / "s" / "zarr.json", group)
-    with pytest.raises(StoreError, match="format version 2, this revq reads 1"):
+    with pytest.raises(StoreError, match="format version 3, this revq reads 2"):
         LatentStore.open(tmp_path / "s")
     assert is_store(tmp_path / "s")
 
