@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import TrainingError
+from ..errors import MismatchError, TrainingError
 from ..files import write_bytes
 from . import ranks
 from .events import Event, Note
@@ -42,6 +42,7 @@ def resume(state: TrainState, folder: Path, device: torch.device) -> Iterator[Ev
 
     Raises:
         TrainingError: there are checkpoints, and none can be read.
+        MismatchError: the latents come in another order now.
     """
     paths = _newest_first(folder) if ranks.rank() == 0 else []
     found, damaged = None, []
@@ -51,6 +52,8 @@ def resume(state: TrainState, folder: Path, device: torch.device) -> Iterator[Ev
             if not _on_the_way(content, state.planned):
                 continue
             state.load_state_dict(content)
+        except MismatchError:
+            raise
         except Exception as error:  # torch and zipfile raise many kinds for a torn file
             damaged.append(path.name)
             yield Note(text=f"checkpoint {path.name} is damaged ({type(error).__name__}); going back to the one before", warning=True)

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cache.batches import ResidentLatents
 from ..cache.store import LatentStore
 from ..errors import ConfigError, OutputError, TrainingError
 from ..files import claim_output, read_json, sha256_file
@@ -44,7 +45,7 @@ from .objectives import PictureLoss, latent_loss
 from .schedules import SCHEDULES, decay, first_phase_factor, last_phase_factor
 from .train_state import TrainState, new_state, note_best, stop_early
 from .trained_tokenizer import build_tokenizer, result, save_tokenizer
-from .training_data import FrozenTable, Inputs, open_inputs, quantize_once
+from .training_data import LATENTS, FrozenTable, Inputs, open_inputs, quantize_once
 from .training_log import TrainingLog, require_wandb
 from .validation import codebook_usage, preview, validate
 
@@ -95,6 +96,8 @@ class TrainRectifierConfig:
     """Blocks of the rectifier."""
     block: str = "conv"
     """Kind of block: "conv", which gained more in short runs (docs/rectifier.md), or "efficientvit" (the paper)."""
+    latents: str = "auto"
+    """"resident" in memory, "stream" from disk in another order, or "auto": resident where they fit in half of what is free."""
     precision: str = "auto"
     """"bf16" autocast, "fp32", or "auto": bf16 on CUDA and on a CPU with bf16 instructions, fp32 elsewhere. Weights are float32 always."""
     compile: str = "auto"
@@ -134,7 +137,7 @@ class TrainRectifierConfig:
             raise ConfigError(f"lr must be above 0, codebook-lr and finish-lpips at least 0, not {given}")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema must be in [0,1), not {self.ema}")
-        choices = {"precision": ("auto", "bf16", "fp32"), "block": BLOCKS, "schedule": SCHEDULES, "compile": COMPILE}
+        choices = {"precision": ("auto", "bf16", "fp32"), "block": BLOCKS, "schedule": SCHEDULES, "compile": COMPILE, "latents": LATENTS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
@@ -153,7 +156,7 @@ class _Run:
 
     network: RectifierNetwork
     train: FrozenTable | None
-    """Train latents quantized once; None where the codebooks change."""
+    """Train latents quantized once; None where the codebooks change or the latents are streamed."""
     val: FrozenTable | None
     """The same of the validation latents."""
     pictures: PictureLoss | None
@@ -216,10 +219,9 @@ def _loop(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: 
 def _step(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: _Run) -> Tensor:
     """One update; returns this rank's loss, still on the device."""
     if state.finishing:
-        index = inputs.positions(config.finish_batch_size, config.seed + 1, state.step - state.first_steps)
+        index, latents = inputs.take(config.finish_batch_size, config.seed + 1, state.step - state.first_steps)
     else:
-        index = inputs.positions(config.batch_size, config.seed, state.step)
-    latents = inputs.train.batch(index)
+        index, latents = inputs.take(config.batch_size, config.seed, state.step)
     standardised = inputs.transform.standardize(latents)
     codebook_loss = torch.zeros((), device=inputs.device)
     if run.train is not None:
@@ -374,7 +376,9 @@ def _prepare(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, ou
         yield Note(text=note, warning=True)
     train = val = pictures = None
     if config.codebook_lr == 0:
-        train, val = (quantize_once(latents, inputs.transform, state.quantizer) for latents in (inputs.train, inputs.val))
+        val = quantize_once(inputs.val, inputs.transform, state.quantizer)
+    if config.codebook_lr == 0 and isinstance(inputs.train, ResidentLatents):
+        train = quantize_once(inputs.train, inputs.transform, state.quantizer)
         state.counts = code_counts(train.tokens.long(), state.counts.shape[1])
     if inputs.vae is not None:
         pictures = PictureLoss(vae=inputs.vae, transform=inputs.transform, lpips=inputs.lpips, lpips_weight=config.finish_lpips)

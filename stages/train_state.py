@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import MismatchError
 from ..models.quantizer import MultiGroupQuantizer
 from ..models.rectifier import Rectifier
 from . import ranks
@@ -37,6 +38,8 @@ class TrainState:
     """Steps of the first phase: as planned, or fewer where it stopped early."""
     total_steps: int
     """Steps of both phases."""
+    streamed: bool
+    """Whether the latents are streamed, which is another order of them than resident ones have."""
     step: int = 0
     counts: Tensor
     """(T,K) int64: how often this rank used each code since the last reset of unused codes."""
@@ -63,11 +66,14 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, the same whatever the number of ranks. Every rank must ask at once."""
         modules = {name: getattr(self, name).state_dict() for name in _MODULES}
-        names = ("planned", "first_steps", "total_steps", "step", "best", "usage", "history")
+        names = ("planned", "streamed", "first_steps", "total_steps", "step", "best", "usage", "history")
         return {**modules, **{name: getattr(self, name) for name in names}, "counts": ranks.sum_tensors(self.counts.clone())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave. Where the settings plan other steps now, the early end of the other run is forgotten."""
+        if state["streamed"] != self.streamed:
+            had, has = ("stream", "resident") if state["streamed"] else ("resident", "stream")
+            raise MismatchError(f"the run began with --latents {had}, which has another order than --latents {has}; go on with --latents {had}")
         for name in _MODULES:
             getattr(self, name).load_state_dict(state[name])
         self.step, self.best, self.usage, self.history = (state[name] for name in ("step", "best", "usage", "history"))
@@ -101,6 +107,7 @@ def new_state(config: TrainRectifierConfig, inputs: Inputs, codebooks: Tensor) -
         planned=(first, total),
         first_steps=first,
         total_steps=total,
+        streamed=inputs.stream is not None,
         counts=torch.zeros(codebooks.shape[:2], dtype=torch.int64, device=device),
         loss_sum=torch.zeros((), device=device),
         bad_step=torch.full((), -1, device=device),

@@ -2,7 +2,8 @@
 
 A global batch is composed in the same way whatever the number of ranks. The train rows, in the store's order, are cut into as many runs
 (strata) as a batch has latents; a batch takes one latent of each stratum, in an order of that stratum's own. So with R ranks a rank needs
-one R-th of the strata, which is one contiguous part of the store, and reads nothing else.
+one R-th of the strata, which is one contiguous part of the store, and reads nothing else. (Latents that do not fit in memory are streamed
+instead: the order is then that of the rank's shards, and with another number of ranks the batches are others.)
 
 Shapes: N rows of all ranks, B latents in a global batch, R ranks.
 """
@@ -10,6 +11,7 @@ Shapes: N rows of all ranks, B latents in a global batch, R ranks.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..cache.batches import ResidentLatents, epoch_permutation, split_rows, spread_rows
+from ..cache.batches import Batch, ResidentLatents, StreamingLatents, epoch_permutation, open_latents, split_rows, spread_rows
 from ..cache.store import LatentSplit, LatentStore
 from ..errors import CodebookError, ConfigError, MismatchError, TrainingError
 from ..models.codebooks import Codebooks
@@ -32,6 +34,7 @@ from .objectives import open_lpips
 if TYPE_CHECKING:
     from .train_rectifier import TrainRectifierConfig
 
+LATENTS = ("auto", "resident", "stream")
 _HELD_OUT_SHARE = 0.02
 _QUANTIZE_BATCH = 256
 _QUANTIZED_TABLE_BYTES = 1 << 30
@@ -43,8 +46,10 @@ class Inputs:
 
     store: LatentStore
     transform: LatentTransform
-    train: ResidentLatents
+    train: ResidentLatents | StreamingLatents
     """This rank's part of the train rows."""
+    stream: Stream | None
+    """The batches of a streaming `train`; None where it is resident."""
     rows: int
     """N, train rows of all ranks."""
     val: ResidentLatents
@@ -67,11 +72,36 @@ class Inputs:
         """Whole batches in one pass over the train latents."""
         return self.rows // self.batch_size(batch_size)
 
-    def positions(self, batch_size: int, seed: int, step: int) -> Tensor:
-        """(B/R,) positions in `train` of this rank's part of batch number `step`, on the device: a pure function of seed and step."""
-        strata = self.batch_size(batch_size)
-        epoch, within = divmod(step, self.rows // strata)
-        return _epoch_order(self.rows, strata, ranks.rank(), ranks.world_size(), seed, epoch, self.device)[within]
+    def take(self, batch_size: int, seed: int, step: int) -> Batch:
+        """This rank's part of batch number `step`: (B/R,) positions in `train` and the latents (B/R,C,H,W). A pure function of seed and step."""
+        size = self.batch_size(batch_size)
+        epoch, within = divmod(step, self.rows // size)
+        if self.stream is not None:
+            return self.stream.take(size // ranks.world_size(), seed, epoch, within)
+        positions = self.positions(size, seed, epoch)[within]
+        assert isinstance(self.train, ResidentLatents)
+        return positions, self.train.batch(positions)
+
+    def positions(self, size: int, seed: int, epoch: int) -> Tensor:
+        """(batches, B/R) positions in a resident `train`: an epoch's order, where the latents lie."""
+        assert isinstance(self.train, ResidentLatents)
+        return _epoch_order(self.rows, size, ranks.rank(), ranks.world_size(), seed, epoch, self.train.latents.device)
+
+
+class Stream:
+    """Consecutive batches of streamed latents, read ahead; anywhere else it starts anew, as after a resume."""
+
+    def __init__(self, latents: StreamingLatents) -> None:
+        self._latents = latents
+        self._batches: Iterator[Batch] = iter(())
+        self._next: tuple[int, int, int, int] | None = None
+
+    def take(self, size: int, seed: int, epoch: int, number: int) -> Batch:
+        """Batch `number` of an epoch; raises StoreError where a chunk is damaged."""
+        if self._next != (size, seed, epoch, number):
+            self._batches = iter(self._latents.epoch(batch_size=size, seed=seed, epoch=epoch, first_batch=number))
+        self._next = (size, seed, epoch, number + 1)
+        return next(self._batches)
 
 
 # Shuffling a million rows takes as long as a step; an epoch's order is the same at each of its steps.
@@ -117,6 +147,12 @@ def quantize_once(latents: ResidentLatents, transform: LatentTransform, quantize
     return FrozenTable(tokens=torch.cat(tokens), quantized=torch.cat(quantized) if keep else None)
 
 
+def _open_train(split: LatentSplit, rows: NDArray[np.int64], device: torch.device, how: str) -> ResidentLatents | StreamingLatents:
+    if how == "auto":
+        return open_latents(split, rows, device)
+    return StreamingLatents(split, rows, device) if how == "stream" else ResidentLatents(split, rows, device)
+
+
 def open_inputs(config: TrainRectifierConfig, store: LatentStore, fitted: Codebooks) -> Inputs:
     """Open everything before anything slow, and choose the rows: rectifier and codebooks may see different images.
 
@@ -132,10 +168,12 @@ def open_inputs(config: TrainRectifierConfig, store: LatentStore, fitted: Codebo
         vae = FrozenVAE.load_recorded(store.encoding.vae, spec=config.vae, device=device)
     if config.width and config.finish_steps and config.finish_lpips:
         lpips = open_lpips(store.encoding.image_size, device)
+    train = _open_train(split, _part(rows), device, config.latents)
     return Inputs(
         store=store,
         transform=fitted.transform.to(device),
-        train=ResidentLatents(split, _part(rows), device=device),
+        train=train,
+        stream=Stream(train) if isinstance(train, StreamingLatents) else None,
         rows=len(rows),
         val=ResidentLatents(val_split, _part(val_rows), device=device),
         val_rows=len(val_rows),

@@ -51,14 +51,14 @@ def test_ranks_hold_their_part_alone_and_together_take_the_batch_of_one_process(
     small_store: Path, small_codebooks: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
     single = inputs_of(monkeypatch, small_store, small_codebooks, 0, 1)
-    wanted = {(size, step): single.train.batch(single.positions(size, 5, step)) for size in (24, 12) for step in (0, 3, 11)}
+    wanted = {(size, step): single.take(size, 5, step)[1] for size in (24, 12) for step in (0, 3, 11)}
     parts = {key: [] for key in wanted}
     held = []
     for rank in range(world_size):
         inputs = inputs_of(monkeypatch, small_store, small_codebooks, rank, world_size)
         held.append(inputs.train.rows)
         for (size, step), batches in parts.items():
-            batches.append(inputs.train.batch(inputs.positions(size, 5, step)))
+            batches.append(inputs.take(size, 5, step)[1])
     assert torch.equal(torch.cat([torch.from_numpy(rows) for rows in held]), torch.from_numpy(single.train.rows))
     assert max(map(len, held)) - min(map(len, held)) <= 1
     for key, batch in wanted.items():
