@@ -1,4 +1,4 @@
-"""One table: what the stages cost over the bare arithmetic, and how much memory each takes. Ratios come from this one run.
+"""One table: what encode-latents costs over the bare arithmetic, and how much memory each stage takes. Ratios come from this one run.
 
     python benchmarks/bench_pipeline.py
 
@@ -19,18 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from revq import FrozenVAE
 from revq.models.device import pick_device
-from revq.models.rectifier import Rectifier
 from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
-from revq.stages.events import Advance, run_quietly
-from revq.stages.fit_codebooks import FitCodebooksConfig, fit_codebooks
-from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+from revq.stages.events import run_quietly
 
 IMAGE_SIZE, BATCH, VAE = 128, 32, "revq-tiny-f8c8"
-RECTIFIER = {"width": 128, "depth": 3, "batch_size": 32, "codebook_lr": 0.0}
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
@@ -64,31 +59,6 @@ def stage_encode_rate(folder: Path, workers: int, device: torch.device) -> float
         device=str(device),
     )
     return float(run_quietly(encode_latents(config))["images_per_s"])
-
-
-def bare_rectifier_seconds(device: torch.device, steps: int) -> float:
-    """Seconds for forward and backward of the rectifier alone, per step."""
-    network = Rectifier(channels=8, width=RECTIFIER["width"], depth=RECTIFIER["depth"]).to(device)
-    latents = torch.randn(RECTIFIER["batch_size"], 8, 16, 16, device=device)
-
-    def step() -> None:
-        network.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            rectified = network(latents)
-        F.mse_loss(rectified.float(), latents).backward()
-
-    step()
-    return seconds_of(lambda: [step() for _ in range(steps)], device) / steps
-
-
-def stage_step_seconds(store: Path, codebooks: Path, out: Path, device: torch.device, steps: int) -> float:
-    """Seconds per step of train-rectifier between two reports, validation and checkpoints left out."""
-    settings = TrainRectifierConfig(
-        store=str(store), codebooks=str(codebooks), out=str(out), steps=steps + 25, evaluations=1, device=str(device), **RECTIFIER
-    )
-    reports = [(event.done, time.perf_counter()) for event in train_rectifier(settings) if isinstance(event, Advance)]
-    (first, then), (last, now) = reports[1], reports[-2]
-    return (now - then) / (last - first)
 
 
 def peak_memory_mib(*arguments: object) -> float:
@@ -133,18 +103,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         encode = [(bare_encode_rate(vae, 16), stage_encode_rate(folder / f"store-{n}", args.workers, device)) for n in range(args.repeats)]
-        store, codebooks = folder / "store-0", folder / "codebooks"
-        fit = {"tokens": 256, "codes": 64, "transform": "standardize", "iterations": 5, "device": str(device)}
-        run_quietly(fit_codebooks(FitCodebooksConfig(store=str(store), out=str(codebooks), **fit)))
-        runs = [folder / f"run-{n}" for n in range(args.repeats)]
-        step = [(bare_rectifier_seconds(device, 50), stage_step_seconds(store, codebooks, run, device, 100)) for run in runs]
         rows = [
             ("bare encoder, 128 px", f"{statistics.median(bare for bare, _ in encode):.1f} images/s"),
             ("encode-latents, decoding and writing included", f"{statistics.median(stage for _, stage in encode):.1f} images/s"),
             ("  ratio (aim: at least 0.9)", f"{statistics.median(stage / bare for bare, stage in encode):.2f}"),
-            ("rectifier forward and backward alone", f"{1000 * statistics.median(bare for bare, _ in step):.1f} ms"),
-            ("train-rectifier step", f"{1000 * statistics.median(stage for _, stage in step):.1f} ms"),
-            ("  ratio (aim: at most 1.1)", f"{statistics.median(stage / bare for bare, stage in step):.2f}"),
             *memory_rows(folder),
         ]
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()}-core CPU ({platform.machine()})"

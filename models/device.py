@@ -31,3 +31,13 @@ def pick_device(name: str) -> torch.device:
     if not there.get(device.type, False):
         raise ConfigError(f"device {name!r} is not there; use auto, or cpu")
     return device
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 by instructions of its own: CUDA, or a CPU with AVX512-BF16 or AMX.
+
+    Measured on a 2-core CPU with AVX512-BF16 (docs/rectifier.md); without those instructions oneDNN emulates it, at a loss.
+    """
+    if device.type == "cuda":
+        return True
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))

@@ -72,5 +72,4 @@ def parameter_count(module: nn.Module) -> int:
 def update_average(average: nn.Module, module: nn.Module, decay: float, step: int) -> None:
     """Move `average`'s weights toward `module`'s: an exponential moving average that forgets its start quickly (decay grows with the step)."""
     decay = min(decay, (1 + step) / (10 + step))
-    for target, source in zip(average.parameters(), module.parameters(), strict=True):
-        target.lerp_(source, 1 - decay)
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)

@@ -1,70 +1,89 @@
-"""The state of train-rectifier, and its checkpoints on disk.
+"""The checkpoints of train-rectifier on disk.
 
-Shapes: T tokens, K codes per codebook.
+`checkpoints/` holds the last few as step-XXXXXXXX.pt, that of the first phase's end (from where a run may be made longer), and best.pt.
+Only rank 0 writes; every rank reads the one that rank 0 found sound.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..errors import MismatchError, TrainingError
 from ..files import write_bytes
-from ..models.quantizer import MultiGroupQuantizer
-from ..models.rectifier import Rectifier
+from . import ranks
 from .events import Event, Note
+from .train_state import TrainState
 
-_KEPT_CHECKPOINTS = 2
-
-
-@dataclass(kw_only=True)
-class TrainState:
-    """All that changes while training."""
-
-    rectifier: Rectifier
-    average: Rectifier
-    quantizer: MultiGroupQuantizer
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    counts: Tensor
-    """(T,K) int64: how often each code was used since the last reset of unused codes."""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """Rows of metrics.parquet so far."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
-        modules = {name: getattr(self, name).state_dict() for name in ("rectifier", "average", "quantizer", "optimizer")}
-        return {**modules, "step": self.step, "counts": self.counts, "history": self.history}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        for name in ("rectifier", "average", "quantizer", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-        self.step, self.history = state["step"], state["history"]
-        self.counts.copy_(state["counts"])
+BEST_NAME = "best.pt"
 
 
-def save_checkpoint(state: TrainState, folder: Path) -> None:
-    """Write one checkpoint, whole or not at all, then drop all but the last few."""
-    buffer = io.BytesIO()
-    torch.save(state.state_dict(), buffer)
-    write_bytes(folder / f"step-{state.step:08d}.pt", buffer.getvalue())
-    for old in sorted(folder.glob("step-*.pt"))[:-_KEPT_CHECKPOINTS]:
-        old.unlink()
+def save_checkpoint(state: TrainState, folder: Path, *, keep: int, best: bool) -> None:
+    """Write one checkpoint, whole or not at all, then drop all but the last `keep`; `best` also writes it as the best one."""
+    content = state.state_dict()
+    if ranks.rank() == 0:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        if best:
+            write_bytes(folder / BEST_NAME, buffer.getvalue())
+        write_bytes(_path(folder, state.step), buffer.getvalue())
+        for old in _newest_first(folder)[keep:]:
+            if old != _path(folder, state.first_steps):
+                old.unlink()
+    ranks.barrier()
 
 
 def resume(state: TrainState, folder: Path, device: torch.device) -> Iterator[Event]:
-    """Load the newest checkpoint that can be read."""
-    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+    """Load the newest checkpoint that can be read and that lies on the way to what is planned now.
+
+    Raises:
+        TrainingError: there are checkpoints, and none can be read.
+        MismatchError: the latents come in another order now.
+    """
+    paths = _newest_first(folder) if ranks.rank() == 0 else []
+    found, damaged = None, []
+    for path in paths:
         try:
-            state.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+            content = torch.load(path, map_location=device, weights_only=True)
+            if not _on_the_way(content, state.planned):
+                continue
+            state.load_state_dict(content)
+        except MismatchError:
+            raise
         except Exception as error:  # torch and zipfile raise many kinds for a torn file
+            damaged.append(path.name)
             yield Note(text=f"checkpoint {path.name} is damaged ({type(error).__name__}); going back to the one before", warning=True)
             continue
+        found = path.name
+        break
+    if damaged and len(damaged) == len(paths):
+        raise TrainingError(f"no checkpoint in {folder} can be read ({', '.join(damaged)}); start again with --overwrite")
+    found = ranks.broadcast(found)
+    if found and ranks.rank() > 0:
+        state.load_state_dict(torch.load(folder / found, map_location=device, weights_only=True))
+    if found:
         yield Note(text=f"resuming at step {state.step}")
-        return
+
+
+def load_best(state: TrainState, folder: Path, device: torch.device) -> None:
+    """Take over the averaged rectifier and the codebooks of the best checkpoint."""
+    content = torch.load(folder / BEST_NAME, map_location=device, weights_only=True)
+    state.average.load_state_dict(content["average"])
+    state.quantizer.load_state_dict(content["quantizer"])
+
+
+def _on_the_way(content: dict[str, Any], planned: tuple[int, int]) -> bool:
+    """A run made longer goes on from its first phase: what the last phase did comes after other steps now."""
+    return tuple(content["planned"]) == planned or content["step"] <= min(content["first_steps"], planned[0])
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.pt"
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.pt"), reverse=True)

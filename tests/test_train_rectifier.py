@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from random_weights import save_random_alexnet
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from revq import LatentStore, ReVQTokenizer
 from revq.errors import ConfigError, MismatchError, OutputError, TrainingError
 from revq.models.codebooks import load_codebooks
-from revq.stages.events import Advance, Note, run_quietly
-from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+from revq.stages import training_data
+from revq.stages.checkpoints import resume
+from revq.stages.events import Advance, Event, Note, run_quietly
+from revq.stages.train_rectifier import TrainRectifierConfig, _prepare, _reset_unused, _step, train_rectifier
+from revq.stages.train_state import new_state
+from revq.stages.training_data import open_inputs
 
 SMALL = {"steps": 12, "batch_size": 16, "width": 32, "depth": 1, "evaluations": 4}
 
@@ -30,12 +42,21 @@ def weights(out: Path) -> bytes:
     return (out / "tokenizer" / "model.safetensors").read_bytes()
 
 
+def made_by(events: Generator[Event, None, Any]) -> Any:
+    """What a generator of events returns."""
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            return stop.value
+
+
 def test_a_run_leaves_a_tokenizer_metrics_checkpoints_and_tensorboard_events(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     result = run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run")))
     metrics = pq.read_table(tmp_path / "run" / "metrics.parquet").to_pydict()
     assert metrics["step"] == [0, 3, 6, 9, 12]
     assert metrics["val_mse_rectified"][-1] == result["val_mse_rectified"]
-    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-00000009.pt", "step-00000012.pt"]
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["best.pt", "step-00000009.pt", "step-00000012.pt"]
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
     assert ReVQTokenizer.from_pretrained(tmp_path / "run" / "tokenizer").fingerprint == result["fingerprint"]
 
@@ -74,22 +95,29 @@ def test_stopped_at_any_step_and_given_again_it_ends_with_the_same_weights(
     assert whole.equals(resumed)
 
 
-def test_killed_and_given_again_it_ends_with_the_same_weights(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
-    changes = {"steps": 60, "evaluations": 20}
+def test_killed_at_random_instants_and_given_again_it_ends_with_the_same_weights(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    changes = {"steps": 300, "evaluations": 60, "finish_steps": 6, "finish_batch_size": 4}
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "whole", **changes)))
-    arguments = ["--steps", "60", "--batch-size", "16", "--width", "32", "--depth", "1", "--evaluations", "20"]
+    arguments = ["--steps", "300", "--batch-size", "16", "--width", "32", "--depth", "1", "--evaluations", "60"]
     command = [sys.executable, "-m", "revq", "train-rectifier", small_store, small_codebooks, tmp_path / "killed", *arguments]
-    for wanted in (2, 9):
+    command += ["--finish-steps", "6", "--finish-batch-size", "4"]
+    chance = random.Random(0)
+    for _ in range(2):
         with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            before = newest_step(tmp_path / "killed")
             deadline = time.monotonic() + 120
-            while process.poll() is None and time.monotonic() < deadline:
-                steps = sorted(int(path.stem[5:]) for path in (tmp_path / "killed").glob("checkpoints/step-*.pt"))
-                if steps and steps[-1] >= 3 * wanted:
-                    os.kill(process.pid, signal.SIGKILL)
-                    break
+            while process.poll() is None and time.monotonic() < deadline and newest_step(tmp_path / "killed") <= before:
                 time.sleep(0.01)
+            time.sleep(chance.uniform(0, 0.5))
+            os.kill(process.pid, signal.SIGKILL)
+    assert newest_step(tmp_path / "killed") > 0
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "killed", **changes)))
     assert weights(tmp_path / "whole") == weights(tmp_path / "killed")
+
+
+def newest_step(run: Path) -> int:
+    """Of its checkpoints; -1 where there is none."""
+    return max((int(path.stem[5:]) for path in run.glob("checkpoints/step-*.pt")), default=-1)
 
 
 def test_a_torn_checkpoint_is_said_and_the_one_before_is_used(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
@@ -127,26 +155,44 @@ def test_width_0_trains_the_codebooks_alone_and_gives_a_tokenizer_without_a_rect
 
 
 def test_an_epoch_sees_every_latent_once_and_each_epoch_has_its_own_order(small_store: Path, small_codebooks: Path) -> None:
-    from revq.stages.train_rectifier import _batch_index, _open_inputs
-
-    settings = config(small_store, small_codebooks, Path("unused"), batch_size=20, steps=100)
-    inputs = _open_inputs(settings, LatentStore.open(small_store), load_codebooks(small_codebooks))
-    epochs = [torch.cat([_batch_index(settings, inputs, step) for step in range(6 * epoch, 6 * epoch + 6)]) for epoch in (0, 1)]
-    assert all(torch.equal(epoch.sort().values, torch.arange(120)) for epoch in epochs)
+    inputs = open_inputs(config(small_store, small_codebooks, Path("unused")), LatentStore.open(small_store), load_codebooks(small_codebooks))
+    epochs = [inputs.positions(20, 7, epoch) for epoch in (0, 1)]
+    assert all(torch.equal(epoch.flatten().sort().values, torch.arange(120)) for epoch in epochs)
     assert not torch.equal(epochs[0], epochs[1])
-    assert torch.equal(_batch_index(settings, inputs, 3), epochs[0][60:80])
+    assert not torch.equal(inputs.positions(20, 8, 0), epochs[0])
+    assert torch.equal(inputs.take(20, 7, 9)[0], epochs[1][3])
 
 
-def test_a_batch_looked_up_in_the_token_table_equals_one_quantized_anew(small_store: Path, small_codebooks: Path) -> None:
-    from revq.stages.train_rectifier import _new_state, _open_inputs, _step, _token_table
+def test_streamed_latents_are_resumed_to_the_same_weights_and_not_mixed_with_resident_ones(
+    small_store: Path, small_codebooks: Path, tmp_path: Path
+) -> None:
+    changes = {"latents": "stream", "steps": 20, "codebook_lr": 0.0}
+    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "whole", **changes)))
+    stopped = train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes))
+    next(event for event in stopped if isinstance(event, Advance) and event.done == 10)
+    stopped.close()  # type: ignore[attr-defined]
+    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes)))
+    assert weights(tmp_path / "whole") == weights(tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "tokenizer")
+    inputs = prepared(small_store, small_codebooks, tmp_path / "stopped", steps=20, codebook_lr=0.0)
+    with pytest.raises(MismatchError, match="go on with --latents stream"):
+        list(resume(inputs.state, tmp_path / "stopped" / "checkpoints", torch.device("cpu")))
 
+
+@pytest.mark.parametrize("held", [True, False], ids=["quantized latents", "tokens alone"])
+def test_a_batch_looked_up_in_the_table_equals_one_quantized_anew(
+    small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    monkeypatch.setattr(training_data, "_QUANTIZED_TABLE_BYTES", 1 << 30 if held else 0)
     settings = config(small_store, small_codebooks, Path("unused"), codebook_lr=0.0)
     fitted = load_codebooks(small_codebooks)
-    inputs = _open_inputs(settings, LatentStore.open(small_store), fitted)
-    by_table, anew = (_new_state(settings, inputs, fitted.codebooks) for _ in range(2))
-    tokens = _token_table(settings, inputs, by_table)
+    inputs = open_inputs(settings, LatentStore.open(small_store), fitted)
+    by_table, anew = (new_state(settings, inputs, fitted.codebooks) for _ in range(2))
+    table, none = (made_by(_prepare(settings, inputs, state, tmp_path)) for state in (by_table, anew))
+    none = dataclasses.replace(none, train=None)
+    assert (table.train.quantized is not None) == held
     for _ in range(3):
-        assert torch.equal(_step(settings, inputs, by_table, tokens), _step(settings, inputs, anew, None))
+        assert torch.equal(_step(settings, inputs, by_table, table), _step(settings, inputs, anew, none))
 
 
 def test_without_a_validation_split_whole_images_are_held_out(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
@@ -154,10 +200,170 @@ def test_without_a_validation_split_whole_images_are_held_out(small_store: Path,
     assert result["validated_on"] == "last 2 % of train"
 
 
-def test_a_loss_that_is_not_finite_stops_before_weights_change_and_names_the_step(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+def test_unused_codes_move_beside_used_ones(small_store: Path, small_codebooks: Path) -> None:
+    fitted = load_codebooks(small_codebooks)
+    settings = config(small_store, small_codebooks, Path("unused"))
+    state = new_state(settings, open_inputs(settings, LatentStore.open(small_store), fitted), fitted.codebooks)
+    state.counts.fill_(5)
+    state.counts[3, 10:] = 0
+    state.counts[3, 7] = 100
+    before = state.quantizer.codebooks.detach().clone()
+    _reset_unused(state, seed=0)
+    moved = (state.quantizer.codebooks.detach() != before).any(2)
+    assert moved.sum() == 6  # 20 % of 32
+    assert moved[3, 10:16].all()
+    assert float((state.quantizer.codebooks[3, 10] - before[3, 7]).detach().norm()) < 1
+    assert not state.counts.any()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"at step \d+; nothing was written over: try a lower --lr"):
         run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", lr=1e30, steps=100)))
     assert not (tmp_path / "run" / "tokenizer").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Everything that steps need."""
+
+    settings: TrainRectifierConfig
+    inputs: Any
+    state: Any
+    run: Any
+
+    def step(self) -> torch.Tensor:
+        return _step(self.settings, self.inputs, self.state, self.run)
+
+    def weights(self) -> list[torch.Tensor]:
+        return [tensor.clone() for module in (self.state.rectifier, self.state.quantizer) for tensor in module.state_dict().values()]
+
+
+def prepared(store: Path, codebooks: Path, out: Path, **changes: object) -> Prepared:
+    settings, fitted = config(store, codebooks, out, **changes), load_codebooks(codebooks)
+    inputs = open_inputs(settings, LatentStore.open(store), fitted)
+    state = new_state(settings, inputs, fitted.codebooks)
+    return Prepared(settings, inputs, state, made_by(_prepare(settings, inputs, state, out)))
+
+
+def test_from_a_step_that_is_not_finite_on_no_weight_changes(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    ready = prepared(small_store, small_codebooks, tmp_path)
+    ready.step()
+    before = ready.weights()
+    good = ready.inputs.train.latents.clone()
+    ready.inputs.train.latents.fill_(float("nan"))
+    ready.step()
+    ready.inputs.train.latents.copy_(good)
+    ready.step()
+    assert int(ready.state.bad_step) == 1
+    assert all(torch.equal(now, then) for now, then in zip(ready.weights(), before, strict=True))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on every operation whose result the host must wait for."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function)
+        assert not name.startswith(("aten._local_scalar_dense", "aten.equal", "aten.nonzero")), f"{name} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("codebook_lr", [0.0, 0.01], ids=["frozen codebooks", "trained codebooks"])
+def test_a_step_never_waits_for_the_device(small_store: Path, small_codebooks: Path, tmp_path: Path, codebook_lr: float) -> None:
+    ready = prepared(small_store, small_codebooks, tmp_path, codebook_lr=codebook_lr, steps=2, finish_steps=2, finish_batch_size=4)
+    with NoWaiting():
+        for _ in range(4):
+            ready.step()
+    assert ready.state.done
+
+
+def test_ten_epochs_and_ten_more_equal_twenty(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    settings = {"steps": None, "schedule": "constant", "finish_steps": 2, "finish_batch_size": 4, "batch_size": 40}
+    for name, epochs in (("twenty", 20), ("ten and ten", 10), ("ten and ten", 20)):
+        result = run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / name, epochs=epochs, **settings)))
+        assert result["steps"] == 3 * epochs + 2
+    assert weights(tmp_path / "twenty") == weights(tmp_path / "ten and ten")
+    with pytest.raises(OutputError, match="has been trained for 60 steps, more than the 30 asked for"):
+        run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "ten and ten", epochs=10, **settings)))
+
+
+def test_a_schedule_that_depends_on_its_length_cannot_be_made_longer(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", steps=2, schedule="cosine")))
+    with pytest.raises(OutputError, match="steps: 2 there, 3 asked"):
+        run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", steps=3, schedule="cosine")))
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", keep=3, lr=0.5, codebook_lr=0.0)))
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["best.pt", "step-00000006.pt", "step-00000009.pt", "step-00000012.pt"]
+    best = torch.load(tmp_path / "run" / "checkpoints" / "best.pt", weights_only=True)
+    metrics = pq.read_table(tmp_path / "run" / "metrics.parquet").to_pydict()
+    assert metrics["val_loss"][metrics["step"].index(best["step"])] == min(metrics["val_loss"])
+    assert best["step"] < 12  # at this rate it gets worse
+
+
+def test_a_run_that_gets_no_better_stops_early_with_its_best_weights(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    settings = {"steps": 40, "evaluations": 20, "lr": 0.5, "codebook_lr": 0.0, "patience": 2}
+    events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", **settings)))
+    assert any(isinstance(event, Note) and "the first phase ends at step" in event.text for event in events)
+    metrics = pq.read_table(tmp_path / "run" / "metrics.parquet").to_pydict()
+    best = metrics["val_loss"].index(min(metrics["val_loss"]))
+    assert len(metrics["step"]) == best + 3
+    assert metrics["step"][-1] < 40
+    assert events[-1].value["val_mse_rectified"] == metrics["val_mse_rectified"][best]
+    rerun = run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", **settings)))
+    assert rerun == events[-1].value
+
+
+def test_previews_are_pictures_in_tensorboard_and_figures_in_the_table(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", previews=3)))
+    metrics = pq.read_table(tmp_path / "run" / "metrics.parquet").to_pydict()
+    assert metrics["preview_rectified_db"][0] == metrics["preview_quantized_db"][0]
+    assert metrics["preview_rectified_db"][-1] != metrics["preview_quantized_db"][-1]
+    assert all(10 < value < 60 for value in metrics["preview_rectified_db"])
+    assert 0 < metrics["codebook_usage"][-1] <= 1
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    (tag,) = events.Tags()["images"]
+    pictures = events.Images(tag)
+    assert [picture.step for picture in pictures] == metrics["step"]
+    assert (pictures[0].width, pictures[0].height) == (3 * 64, 3 * 64)
+
+
+def test_lpips_joins_the_loss_of_the_last_phase(small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    save_random_alexnet(tmp_path / "torch")
+    settings = {"steps": 0, "finish_steps": 2, "finish_batch_size": 4, "evaluations": 1}
+    for weight in (0.0, 1.0):
+        run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / str(weight), finish_lpips=weight, **settings)))
+    plain, perceptual = (pq.read_table(tmp_path / name / "metrics.parquet")["val_loss"][-1].as_py() for name in ("0.0", "1.0"))
+    assert perceptual > 1.01 * plain
+
+
+def test_without_a_compiler_training_goes_on_without_compilation(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    arguments = ["--steps", "2", "--batch-size", "16", "--width", "32", "--depth", "1", "--compile", "on", "--precision", "fp32"]
+    command = [sys.executable, "-m", "revq", "train-rectifier", small_store, small_codebooks, tmp_path / "run", *arguments]
+    environment = {**os.environ, "CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning: torch.compile is not to be had here" in done.stdout
+    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "eager", steps=2, precision="fp32")))
+    assert weights(tmp_path / "run") == weights(tmp_path / "eager")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="Weights & Biases is installed")
+def test_weights_and_biases_where_it_is_not_installed_is_refused_with_the_way_to_get_it() -> None:
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        config(Path("store"), Path("codebooks"), Path("out"), wandb=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="Weights & Biases is not installed")
+def test_weights_and_biases_gets_the_figures(small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", wandb=True)))
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 
 
 def test_codebooks_of_another_store_are_refused(small_store: Path, small_codebooks: Path, tmp_path: Path, taef2: str, imagenet_sample: Path) -> None:
