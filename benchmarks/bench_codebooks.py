@@ -85,9 +85,9 @@ def peak_kib() -> float:
 
 
 def compare(ways: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, tuple[float, float]]:
-    """Median seconds and largest peak MiB of each way, taken in turn; the first round, which warms up, does not count."""
-    rounds = [{name: measured(way, device) for name, way in ways.items()} for _ in range(repeats + 1)][1:]
-    return {name: (statistics.median(each[name][0] for each in rounds), max(each[name][1] for each in rounds)) for name in ways}
+    """Median seconds and largest peak MiB of each way, taken in turn; the first round warms up, and its time does not count."""
+    rounds = [{name: measured(way, device) for name, way in ways.items()} for _ in range(repeats + 1)]
+    return {name: (statistics.median(each[name][0] for each in rounds[1:]), max(each[name][1] for each in rounds)) for name in ways}
 
 
 def table(title: str, rows: list[tuple[str, ...]]) -> None:
