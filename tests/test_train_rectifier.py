@@ -311,6 +311,10 @@ def test_a_run_that_gets_no_better_stops_early_with_its_best_weights(small_store
     assert len(metrics["step"]) == best + 3
     assert metrics["step"][-1] < 40
     assert events[-1].value["val_mse_rectified"] == metrics["val_mse_rectified"][best]
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "best.pt", weights_only=True)
+    rectifier = ReVQTokenizer.from_pretrained(tmp_path / "run" / "tokenizer").rectifier
+    assert rectifier is not None
+    assert all(torch.equal(tensor, checkpoint["average"][name]) for name, tensor in rectifier.state_dict().items())
     rerun = run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", **settings)))
     assert rerun == events[-1].value
 
