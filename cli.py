@@ -199,12 +199,16 @@ def _evaluate(
     protocol: Annotated[str, _method(help="revq or adm.")] = "revq",
     inception_weights: Annotated[str | None, _method(help="Inception file for rFID.", show_default="download")] = None,
     no_download: Annotated[bool, _method("--no-download", help="Never try the network for metric weights.")] = False,
+    tolerance_images: Annotated[int, _method(help="Images for the tolerance curve; 0 leaves it out.")] = 128,
+    precision: Annotated[str, _method(help="The decoder's: fp32 or bf16.")] = "fp32",
     limit: Limit = None,
     vae: OtherVAE = None,
     overwrite: Overwrite = False,
     batch_size: Annotated[int, _machine(help="Images at once.")] = 64,
     workers: Workers = 8,
+    cache: Annotated[str | None, _machine(help="Folder for originals' features, or off.", show_default="user's cache")] = None,
     device: Device = "auto",
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Stage 3: decode and measure rFID, PSNR, SSIM, LPIPS and codebook usage; make the report.
@@ -218,11 +222,31 @@ def _evaluate(
 
         config = EvaluateConfig(
             tokenizer=tokenizer, images=images, out=out, protocol=protocol, inception_weights=inception_weights, batch_size=batch_size,
-            limit=limit, vae=vae, device=device, workers=workers, overwrite=overwrite, download=not no_download,
+            limit=limit, tolerance_images=tolerance_images, seed=seed, precision=precision, vae=vae, device=device, workers=workers,
+            cache=cache, overwrite=overwrite, download=not no_download,
         )  # fmt: skip
         return evaluate_and_report(config)
 
     _execute("evaluate", events, as_json=as_json)
+
+
+@app.command("compare")
+def _compare(
+    evaluations: Annotated[list[str], typer.Argument(metavar="EVALUATION", help="Folders of revq evaluate, two or more.")],
+    out: Annotated[str | None, typer.Option(help="Folder for compare.html and compare.md.", show_default="only print")] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluations side by side, and what keeps their numbers from comparing.
+
+    [dim]Example:[/] revq compare runs/*/evaluation --out comparison
+    """
+
+    def events() -> Iterator[Event]:
+        from .pipeline.compare import compare
+
+        return compare(evaluations, out=out)
+
+    _execute("compare", events, as_json=as_json)
 
 
 @app.command("run")

@@ -286,6 +286,7 @@ class SplitWriter:
             # Blosc outside the main thread, where it uses no threads of its own and so gives the same bytes each time.
             compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
             fill_value=math.nan,  # so that a lost file reads as NaN, which no reader takes for data
+            config={"write_empty_chunks": True},  # there are none; else zarr compares every chunk with NaN, which takes longer than to encode it
         )
         if shard is not None and latents is not None:
             array[shard.start : shard.stop] = latents

@@ -62,7 +62,7 @@ def load_codebooks(folder: str | Path) -> Codebooks:
         raise CodebookError(f"the codebooks in {folder} are not finished; give the fit-codebooks command again")
     try:
         tensors = load_file(folder / CODEBOOKS_NAME)
-        parts = {name: tensors.get(f"transform.{name}") for name in ("mean", "std", "scale", "rotation")}
+        parts = {name: tensors.get(f"transform.{name}") for name in ("mean", "std", "scale", "axes", "inverse_axes")}
         transform = LatentTransform(**parts, tokens=len(tensors["codebooks"]))  # type: ignore[arg-type]
         return Codebooks(
             transform=transform,

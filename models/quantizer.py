@@ -1,4 +1,4 @@
-"""Multi-group quantizer: one codebook for each token position.
+"""Multi-group quantizer: one codebook for each token position, how its codes are used, and how they train beside a rectifier.
 
 Shapes: B batch, T tokens, D dims per token, K codes per codebook.
 """
@@ -12,7 +12,7 @@ from .nearest import NearestCodes
 
 
 class MultiGroupQuantizer(nn.Module):
-    """T codebooks of K codes; token t of every image is quantized by codebook t."""
+    """T codebooks of K codes; token t of every image is quantized by codebook t. Nothing here counts: usage is what `code_counts` says of indices."""
 
     def __init__(self, codebooks: Tensor) -> None:
         """codebooks: (T,K,D) float32."""
@@ -22,17 +22,11 @@ class MultiGroupQuantizer(nn.Module):
         self._searched: tuple[int, torch.device] | None = None
 
     def encode(self, coordinates: Tensor) -> Tensor:
-        """coordinates (B,T,D) -> indices (B,T) int64 of the nearest codes.
-
-        A search structure costs more than one small search, so it is built only when the same codes are searched a second time;
-        while codebooks train, they change at every step.
-        """
+        """coordinates (B,T,D) -> indices (B,T) int64 of the nearest codes; the search structure is kept while the codes stay the same."""
         codes = self.codebooks.data
         present = (self.codebooks._version, codes.device)
-        if present != self._searched:
-            self._searched, self._search = present, None
-            return NearestCodes(codes, "product").query(coordinates.transpose(0, 1)).T
-        self._search = self._search or NearestCodes(codes)
+        if self._search is None or present != self._searched:
+            self._searched, self._search = present, NearestCodes(codes)
         return self._search.query(coordinates.transpose(0, 1)).T
 
     def decode(self, indices: Tensor) -> Tensor:
@@ -56,3 +50,53 @@ def perplexity(counts: Tensor) -> Tensor:
 def usage(counts: Tensor) -> Tensor:
     """(T,K) counts -> (T,) share of the codes used at least once, in [0,1]."""
     return (counts > 0).double().mean(1)
+
+
+def dead_codes(counts: Tensor) -> Tensor:
+    """(T,K) counts -> (T,) int64: codes of each codebook never used."""
+    return (counts == 0).sum(1)
+
+
+@torch.no_grad()
+def reset_unused(codebooks: Tensor, counts: Tensor, *, seed: int, share: float = 0.2, noise: float = 0.1) -> int:
+    """The paper's non-activation reset, in place: unused codes move beside the most used codes of their codebook.
+
+    Args:
+        codebooks: (T,K,D), changed in place.
+        counts: (T,K) uses of each code since the last reset, over a whole epoch say; not changed.
+        seed: of the noise.
+        share: at most this share of K codes moves in each codebook.
+        noise: deviation of the distance to the used code, in coordinates.
+
+    Returns:
+        How many codes moved.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    limit, moved = int(share * codebooks.shape[1]), 0
+    for token in (counts == 0).any(1).nonzero().flatten().tolist():
+        unused = (counts[token] == 0).nonzero().flatten()[:limit]
+        most_used = counts[token].argsort(descending=True, stable=True)[: len(unused)]
+        most_used = most_used[counts[token, most_used] > 0]
+        unused = unused[: len(most_used)]
+        shift = noise * torch.randn(len(unused), codebooks.shape[2], generator=generator)
+        codebooks[token, unused] = codebooks[token, most_used] + shift.to(codebooks)
+        moved += len(unused)
+    return moved
+
+
+@torch.no_grad()
+def online_update(codebooks: Tensor, weights: Tensor, coordinates: Tensor, indices: Tensor, decay: float) -> None:
+    """One step of online k-means, in place: each code becomes the mean of the points that chose it so far, older ones counting less.
+
+    Args:
+        codebooks: (T,K,D), changed in place.
+        weights: (T,K) float, how many points each code stands for by now, changed in place; zeros before the first step, or the counts of a fit.
+        coordinates: (B,T,D) of the batch.
+        indices: (B,T) its nearest codes.
+        decay: what is left of older points' weight after one step; 1 forgets nothing (MacQueen 1967).
+    """
+    codes, dims = codebooks.shape[1:]
+    counts = code_counts(indices, codes).to(weights)
+    sums = torch.zeros_like(codebooks).scatter_add_(1, indices.T.unsqueeze(2).expand(-1, -1, dims), coordinates.transpose(0, 1))
+    weights.mul_(decay).add_(counts)
+    codebooks += (sums - counts.unsqueeze(2) * codebooks) / weights.clamp_min(1e-12).unsqueeze(2)

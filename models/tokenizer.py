@@ -21,7 +21,7 @@ from ..errors import TokenizerError
 from ..files import write_bytes, write_json
 from .quantizer import MultiGroupQuantizer
 from .rectifier import Rectifier
-from .transform import LatentTransform
+from .transform import blank_transform
 from .vae import FrozenVAE
 
 TOKENIZER_KIND = "revq-tokenizer"
@@ -43,7 +43,7 @@ class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
         """Build the modules that `config` (the content of config.json) describes; weights come from `load_state_dict`.
 
         Args:
-            config: tokens, codes, latent_shape, image_size, rotated, rectifier (settings or None), vae (identity), and more.
+            config: tokens, codes, latent_shape, image_size, transform (its kind), rectifier (settings or None), vae (identity), and more.
         """
         super().__init__()
         self.config = config
@@ -51,11 +51,8 @@ class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
         self.image_size: int = config["image_size"]
         self.tokens: int = config["tokens"]
         self.codes: int = config["codes"]
-        positions = math.prod(self.latent_shape)
-        self.dims = positions // self.tokens
-        ones = torch.ones(self.latent_shape)
-        rotation = torch.eye(positions) if config["rotated"] else None
-        self.transform = LatentTransform(mean=0 * ones, std=ones, tokens=self.tokens, rotation=rotation)
+        self.dims = math.prod(self.latent_shape) // self.tokens
+        self.transform = blank_transform(self.latent_shape, self.tokens, config["transform"])
         self.quantizer = MultiGroupQuantizer(torch.zeros(self.tokens, self.codes, self.dims))
         self.rectifier = Rectifier(**config["rectifier"]) if config["rectifier"] else None
         self.vae_identity: dict[str, Any] = config["vae"]

@@ -233,7 +233,7 @@ def finish(command: str, value: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(_finite(value)), flush=True)
         return
-    summary = {"evaluate": _evaluation, "run": _evaluation, "info": _description}.get(command, _made)
+    summary = {"evaluate": _evaluation, "run": _evaluation, "info": _description, "compare": _comparison}.get(command, _made)
     lines = [*summary(value), *_next(command, value)]
     console = Console(highlight=False)
     for line in lines:
@@ -317,7 +317,8 @@ def _next(command: str, value: Mapping[str, Any]) -> list[str]:
 def _evaluation(value: Mapping[str, Any]) -> list[str]:
     """The table of rows, why a figure is missing, tokens and bits, and where the report lies."""
     width = 10
-    lines = [" " * 11 + "".join(f"{title:>{width}}" for title, _ in _METRICS.values())]
+    titles = {name: title for name, (title, _) in _METRICS.items()} | {"rfid": value.get("rfid_label", "rFID")}
+    lines = [" " * 11 + "".join(f"{title:>{width}}" for title in titles.values())]
     for row, metrics in value["rows"].items():
         lines.append(f"{row:<11}" + "".join(f"{_metric(row, name, metrics.get(name)):>{width}}" for name in _METRICS))
     lines.append("")
@@ -326,6 +327,14 @@ def _evaluation(value: Mapping[str, Any]) -> list[str]:
     tokens, bits = value.get("tokens_per_image"), value.get("bits_per_image")
     lines.append(f"{value.get('images')} images, {tokens} tokens and {bits:g} bits per image" if tokens and bits else f"{value.get('images')} images")
     return [*lines, f"report: {value.get('report')}"]
+
+
+def _comparison(value: Mapping[str, Any]) -> list[str]:
+    """The table of `revq compare`, names to the left and numbers to the right."""
+    table = value["table"]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in table]
+    return [*lines, *([f"report: {value['report']}"] if "report" in value else [])]
 
 
 def _metric(row: str, name: str, value: float | None) -> str:

@@ -24,20 +24,32 @@ from torch import Tensor
 
 from ..cache.batches import ResidentLatents, spread_rows
 from ..cache.store import LatentSplit, LatentStore
-from ..errors import CodebookError, ConfigError
+from ..errors import CodebookError, ConfigError, OutputError
 from ..files import claim_output, write_bytes
 from ..models.codebooks import CODEBOOKS_KIND, CODEBOOKS_NAME, Codebooks, check_finite, load_codebooks, save_codebooks
 from ..models.device import pick_device
 from ..models.kmeans import BACKENDS, kmeans, pick_backend
 from ..models.nearest import nearest_codes
-from ..models.quantizer import code_counts, perplexity, usage
-from ..models.transform import KINDS, MAX_DENSE_POSITIONS, Covariance, LatentTransform, fit_rotation, scale_from_sensitivity, standard_deviation
+from ..models.quantizer import code_counts, dead_codes, perplexity, usage
+from ..models.transform import (
+    KINDS,
+    Covariance,
+    LatentTransform,
+    cut_into_blocks,
+    fit_axes,
+    scale_from_sensitivity,
+    spatial_block,
+    standard_deviation,
+)
 from ..models.vae import FrozenVAE
 from . import ranks
 from .events import Advance, Begin, Event, Note, Result
 
 _BLOCK_BYTES = 256 << 20
 _BATCH = 1024
+_TRANSFORM_NAME = "transform.safetensors"
+SENSITIVITY_NAME = "sensitivity.md"
+POINTS_PER_CODE = 39
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +110,12 @@ class FitCodebooksConfig:
 
 
 def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
-    """Fit transform and codebooks; yields progress, then a `Result`.
+    """Fit transform and codebooks; yields progress, then a `Result`. The ranks of one torchrun share calibration and groups, and must see the same
+    `out`; the result is the same, bit for bit, however many they are.
 
     Raises:
         StoreError, CodebookError, MismatchError, VAEError, OutputError, ConfigError: see their messages.
     """
-    ranks.refuse_many("fit-codebooks")
     started = time.perf_counter()
     device = pick_device(config.device)
     backend = pick_backend(config.backend, device)
@@ -113,22 +125,61 @@ def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
     _check_sizes(config, store, len(rows))
     vae = FrozenVAE.load_recorded(store.encoding.vae, spec=config.vae, device=device) if config.transform == "decoder" else None
     out = Path(config.out)
-    claim_output(out, kind=CODEBOOKS_KIND, identity=config.identity(store), overwrite=config.overwrite)
-    if (out / CODEBOOKS_NAME).exists():
+    identity = config.identity(store)
+    _claim(out, identity, config.overwrite)
+    if ranks.broadcast((out / CODEBOOKS_NAME).exists()):
         yield Note(text=f"{out} is complete already")
         yield Result(value=_result(config, load_codebooks(out), mse=None, latents=len(rows), seconds=0.0))
         return
-    if len(rows) < 39 * config.codes:
-        few = f"{len(rows)} latents for {config.codes} codes are {len(rows) / config.codes:.1f} per code"
-        yield Note(text=f"{few}, FAISS advises 39; more images or --views help")
+    yield from _notes_on_data(config, split, len(rows))
     latents = ResidentLatents(split, rows, device=device)
-    transform, sensitivity = yield from _fit_transform(config, split, latents, vae)
-    codebooks, counts, mse = yield from _fit_groups(config, latents, transform.to(device), backend, out / "partial")
-    check_finite(codebooks)
-    made = Codebooks(transform=transform, codebooks=codebooks, counts=counts, sensitivity=sensitivity, identity=config.identity(store))
-    save_codebooks(out, made)
-    shutil.rmtree(out / "partial", ignore_errors=True)
-    yield Result(value=_result(config, made, mse=mse, latents=len(rows), seconds=time.perf_counter() - started))
+    yield from _make_transform(config, split, latents, vae, out / "partial")
+    transform, sensitivity = _load_transform(config, out / "partial")
+    yield from _fit_groups(config, latents, transform.to(device), backend, out / "partial")
+    ranks.barrier()
+    mse = None
+    if ranks.rank() == 0:
+        codebooks, counts, mse = _join_groups(config, latents, out / "partial")
+        check_finite(codebooks)
+        if sensitivity is not None:
+            write_bytes(out / SENSITIVITY_NAME, sensitivity_table(sensitivity, transform).encode())
+        save_codebooks(out, Codebooks(transform=transform, codebooks=codebooks, counts=counts, sensitivity=sensitivity, identity=identity))
+        shutil.rmtree(out / "partial", ignore_errors=True)
+        yield from _note_on_dead_codes(counts)
+    ranks.barrier()
+    yield Result(value=_result(config, load_codebooks(out), mse=mse, latents=len(rows), seconds=time.perf_counter() - started))
+
+
+def _claim(out: Path, identity: dict[str, Any], overwrite: bool) -> None:
+    """Rank 0 makes the folder its own; every rank raises its error, so that none waits for the others."""
+    failure = None
+    if ranks.rank() == 0:
+        try:
+            claim_output(out, kind=CODEBOOKS_KIND, identity=identity, overwrite=overwrite)
+        except OutputError as error:
+            failure = error
+    failure = ranks.broadcast(failure)
+    if failure is not None:
+        raise failure
+
+
+def _notes_on_data(config: FitCodebooksConfig, split: LatentSplit, latents: int) -> Iterator[Event]:
+    if latents < POINTS_PER_CODE * config.codes:
+        enough = 2 ** int(math.log2(max(2, latents / POINTS_PER_CODE)))
+        few = f"{latents} latents for {config.codes} codes are {latents / config.codes:.1f} per code, FAISS advises {POINTS_PER_CODE}"
+        mend = f"codes will suit unseen images less well: encode more images or --views, or take --codes {enough} or fewer"
+        yield Note(text=f"{few}; {mend}")
+    constant = int((split.variance <= 0).sum())
+    if constant:
+        yield Note(text=f"{constant} of {split.variance.size} latent positions never vary; they cost no bits", warning=True)
+
+
+def _note_on_dead_codes(counts: Tensor) -> Iterator[Event]:
+    dead = int(dead_codes(counts).sum())
+    if dead:
+        owners = int((dead_codes(counts) > 0).sum())
+        why = "where a token takes fewer distinct values than there are codes; --codes can be lower"
+        yield Note(text=f"{dead} codes in {owners} of {len(counts)} codebooks are used by no latent: that happens {why}", warning=True)
 
 
 def _fit_rows(config: FitCodebooksConfig, split: LatentSplit) -> Any:
@@ -141,75 +192,133 @@ def _fit_rows(config: FitCodebooksConfig, split: LatentSplit) -> Any:
 
 
 def _check_sizes(config: FitCodebooksConfig, store: LatentStore, latents: int) -> None:
-    positions = math.prod(store.encoding.latent_shape)
-    if positions > MAX_DENSE_POSITIONS and config.transform != "standardize":
-        limit = f"the {config.transform} transform takes at most {MAX_DENSE_POSITIONS} latent positions"
-        raise CodebookError(f"{limit}, the store has {positions}; use --transform standardize")
+    shape = store.encoding.latent_shape
     if latents < config.codes:
         raise CodebookError(f"{latents} latents cannot fill {config.codes} codes; use --codes {latents} or fewer, or encode more images or views")
-    LatentTransform(mean=torch.zeros(store.encoding.latent_shape), std=torch.ones(store.encoding.latent_shape), tokens=config.tokens)
+    LatentTransform(mean=torch.zeros(shape), std=torch.ones(shape), tokens=config.tokens)
+    if config.transform != "standardize":
+        spatial_block(shape, config.tokens)
 
 
-def _fit_transform(
-    config: FitCodebooksConfig, split: LatentSplit, latents: ResidentLatents, vae: FrozenVAE | None
-) -> Generator[Event, None, tuple[LatentTransform, Tensor | None]]:
+def _make_transform(
+    config: FitCodebooksConfig, split: LatentSplit, latents: ResidentLatents, vae: FrozenVAE | None, partial: Path
+) -> Iterator[Event]:
+    """Write transform and sensitivity to `partial`, where the other ranks, and a rerun, find them."""
+    if ranks.broadcast((partial / _TRANSFORM_NAME).exists()):
+        return
     mean = torch.from_numpy(split.mean).float()
     std = standard_deviation(torch.from_numpy(split.variance)).float()
-    sensitivity = None
-    scale = None
-    if vae is not None:
-        sensitivity = yield from _calibrate(config, latents, std, vae)
-        scale = scale_from_sensitivity(sensitivity)
-    transform = LatentTransform(mean=mean, std=std, tokens=config.tokens, scale=scale).to(latents.device)
-    if config.transform == "standardize":
-        return transform, None
-    covariance = Covariance((mean.shape[0], mean.shape[1], mean.shape[2]), latents.device)
-    yield Begin(task="covariance", total=len(latents), unit="latents")
-    for batch in torch.arange(len(latents)).split(_BATCH):
-        covariance.add(transform.standardize(latents.batch(batch)) * transform.scale)
-        yield Advance(done=int(batch[-1]) + 1)
-    rotation = fit_rotation(covariance.shrunk(), config.tokens)
-    return LatentTransform(mean=mean, std=std, tokens=config.tokens, scale=scale, rotation=rotation.cpu()), sensitivity
+    gradients = None if vae is None else (yield from _calibrate(config, latents, std, vae))
+    if ranks.rank() == 0:
+        plain = LatentTransform(mean=mean, std=std, tokens=config.tokens)
+        tensors: dict[str, Tensor] = {}
+        if gradients is not None:
+            tensors["sensitivity"] = gradients.square().mean(0)
+            plain.scale = scale_from_sensitivity(tensors["sensitivity"])
+            gradients /= plain.scale
+        if config.transform != "standardize":
+            tensors |= yield from _fit_axes(config, latents, plain.to(latents.device), gradients)
+        write_bytes(partial / _TRANSFORM_NAME, save({**plain.cpu().state_dict(), **tensors}))
+    ranks.barrier()
+
+
+def _load_transform(config: FitCodebooksConfig, partial: Path) -> tuple[LatentTransform, Tensor | None]:
+    tensors = load_file(partial / _TRANSFORM_NAME)
+    parts = {name: tensors.get(name) for name in ("mean", "std", "scale", "axes", "inverse_axes")}
+    return LatentTransform(**parts, tokens=config.tokens), tensors.get("sensitivity")  # type: ignore[arg-type]
+
+
+def _fit_axes(
+    config: FitCodebooksConfig, latents: ResidentLatents, plain: LatentTransform, gradients: Tensor | None
+) -> Generator[Event, None, dict[str, Tensor]]:
+    """`axes` (P,P), or (G,Q,Q) with spatial blocks, and `inverse_axes` where they are not orthogonal: one block after the other, so that memory holds
+    the covariance of one. `gradients` (n,C,H,W) of the decoder, in the coordinates that the axes start from, make the metric."""
+    shape = tuple(plain.mean.shape)
+    rows, columns = block = spatial_block(shape, config.tokens)  # type: ignore[arg-type]
+    block_shape = (shape[0], rows, columns)
+    blocks = plain.mean.numel() // math.prod(block_shape)
+    tokens = config.tokens // blocks
+    made: dict[str, list[Tensor]] = {"axes": [], "inverse_axes": []}
+    yield Begin(task="covariance", total=blocks * len(latents), unit="latents")
+    for number in range(blocks):
+        covariance, metric = Covariance(block_shape, latents.device), Covariance(block_shape, latents.device)
+        for batch in torch.arange(len(latents)).split(_BATCH):
+            scaled = plain.standardize(latents.batch(batch)) * plain.scale
+            covariance.add(cut_into_blocks(scaled, block)[:, number].unflatten(1, block_shape))
+            yield Advance(done=number * len(latents) + int(batch[-1]) + 1)
+        for part in () if gradients is None else gradients.split(_BATCH):
+            metric.add(cut_into_blocks(part.to(latents.device), block)[:, number].unflatten(1, block_shape))
+        bits = tokens * math.log2(config.codes)
+        fitted = fit_axes(covariance.shrunk(), tokens, bits, None if gradients is None else metric.shrunk())
+        for name, matrix in zip(made, fitted, strict=True):
+            made[name] += [] if matrix is None else [matrix.cpu()]
+    return {name: torch.stack(matrices) if blocks > 1 else matrices[0] for name, matrices in made.items() if matrices}
 
 
 def _calibrate(config: FitCodebooksConfig, latents: ResidentLatents, std: Tensor, vae: FrozenVAE) -> Generator[Event, None, Tensor]:
-    """h = E[(J^T v)^2] for standardised latents: v are random signs on the decoded values, one per cached latent drawn."""
-    generator = torch.Generator().manual_seed(config.seed)
+    """(n,C,H,W) gradients J^T v of standardised latents: v are random signs on the decoded values, one per cached latent drawn.
+
+    Their mean outer product is E[J^T J], the metric in which an error of the latent is the squared change of the picture.
+    Each rank takes every world_size-th batch. Memory on the CPU: all of them in float32.
+    """
     std = std.to(latents.device)
-    total = torch.zeros_like(std)
-    draws = torch.randint(len(latents), (config.calibration_samples,), generator=generator)
-    yield Begin(task="decoder sensitivity", total=len(draws), unit="products")
-    for done, part in enumerate(draws.split(16)):
-        standardised = (latents.batch(part) / std).requires_grad_()
+    draws = torch.randint(len(latents), (config.calibration_samples,), generator=torch.Generator().manual_seed(config.seed)).split(16)
+    yield Begin(task="decoder sensitivity", total=config.calibration_samples, unit="products")
+    mine, done = {}, 0
+    for number in range(ranks.rank(), len(draws), ranks.world_size()):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
+        standardised = (latents.batch(draws[number]) / std).requires_grad_()
         pixels = vae.decode(standardised * std)
         signs = torch.randint(0, 2, pixels.shape, generator=generator).to(pixels) * 2 - 1
         (gradient,) = torch.autograd.grad((pixels * signs).sum(), standardised)
-        total += gradient.square().sum(0)
-        yield Advance(done=done * 16 + len(part))
-    return (total / len(draws)).cpu()
+        mine[number] = gradient.cpu()
+        done += len(draws[number]) * ranks.world_size()
+        yield Advance(done=min(done, config.calibration_samples))
+    gathered = {number: value for part in ranks.gather(mine) for number, value in part.items()}
+    return torch.cat([gathered[number] for number in range(len(draws))])
 
 
-def _fit_groups(
-    config: FitCodebooksConfig, latents: ResidentLatents, transform: LatentTransform, backend: str, partial: Path
-) -> Generator[Event, None, tuple[Tensor, Tensor, float]]:
-    """k-means token by token, a block of tokens at a time; each finished block is kept in `partial`, so that a rerun goes on there."""
-    dims = transform.mean.numel() // config.tokens
+def sensitivity_table(sensitivity: Tensor, transform: LatentTransform) -> str:
+    """Markdown: one row for each latent channel."""
+    level = float(sensitivity.mean())
+    rows = [
+        f"| {channel} | {float(transform.std[channel].square().mean().sqrt()):.4g} | {float(values.mean()) / level:.4g} "
+        f"| {100 * float(values.sum() / sensitivity.sum()):.1f} % | {float(transform.scale[channel].mean()):.3g} |"
+        for channel, values in enumerate(sensitivity)
+    ]
+    head = ["| channel | deviation of the latent | sensitivity (mean 1) | share | scale |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def _spans(config: FitCodebooksConfig, latents: ResidentLatents, partial: Path) -> dict[tuple[int, int], Path]:
+    """Blocks of tokens that are fitted at once, and the file of each; the same whatever the number of ranks."""
+    dims = latents.latents[0].numel() // config.tokens
     width = max(1, min(config.tokens, 32, _BLOCK_BYTES // (len(latents) * dims * 4)))
-    blocks = []
     spans = [(first, min(first + width, config.tokens)) for first in range(0, config.tokens, width)]
-    paths = {span: partial / f"tokens-{span[0]:05d}-{span[1]:05d}.safetensors" for span in spans}
-    done = sum(last - first for (first, last), path in paths.items() if path.exists())
-    yield Begin(task=f"k-means ({backend})", total=config.tokens, unit="codebooks", done=done)
-    for (first, last), path in paths.items():
-        if not path.exists():
-            points = _coordinates(latents, transform, first, last)
-            codebooks = kmeans(
-                points, config.codes, iterations=config.iterations, seeds=[config.seed * 1_000_003 + t for t in range(first, last)], backend=backend
-            )
-            write_bytes(path, save(_assess(points, codebooks)))
-        blocks.append(load_file(path))
-        if last > done:
-            yield Advance(done=last, values={"mse": float(torch.cat([block["errors"] for block in blocks]).mean())})
+    return {span: partial / f"tokens-{span[0]:05d}-{span[1]:05d}.safetensors" for span in spans}
+
+
+def _fit_groups(config: FitCodebooksConfig, latents: ResidentLatents, transform: LatentTransform, backend: str, partial: Path) -> Iterator[Event]:
+    """k-means for this rank's share of the blocks of tokens; each finished one is kept in `partial`, so that a rerun goes on there."""
+    mine = dict(list(_spans(config, latents, partial).items())[ranks.rank() :: ranks.world_size()])
+    done = sum(last - first for (first, last), path in mine.items() if path.exists())
+    shared = f", rank 1 of {ranks.world_size()}" if ranks.world_size() > 1 else ""
+    yield Begin(task=f"k-means ({backend}{shared})", total=sum(last - first for first, last in mine), unit="codebooks", done=done)
+    errors = []
+    for (first, last), path in mine.items():
+        if path.exists():
+            continue
+        points = _coordinates(latents, transform, first, last)
+        seeds = [config.seed * 1_000_003 + token for token in range(first, last)]
+        block = _assess(points, kmeans(points, config.codes, iterations=config.iterations, seeds=seeds, backend=backend))
+        write_bytes(path, save(block))
+        errors.append(float(block["errors"].mean()))
+        done += last - first
+        yield Advance(done=done, values={"mse": sum(errors) / len(errors)})
+
+
+def _join_groups(config: FitCodebooksConfig, latents: ResidentLatents, partial: Path) -> tuple[Tensor, Tensor, float]:
+    blocks = [load_file(path) for path in _spans(config, latents, partial).values()]
     joined = {name: torch.cat([block[name] for block in blocks]) for name in ("codebooks", "counts", "errors")}
     return joined["codebooks"], joined["counts"], float(joined["errors"].mean())
 
@@ -245,6 +354,7 @@ def _result(config: FitCodebooksConfig, made: Codebooks, *, mse: float | None, l
         "coordinate_mse": mse,
         "usage": spread(usage(made.counts)),
         "perplexity": spread(perplexity(made.counts)),
+        "dead_codes": int(dead_codes(made.counts).sum()),
         "seconds": round(seconds, 3),
     }
     if made.sensitivity is not None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..models.transform import LatentTransform
 from ..models.vae import FrozenVAE
-from .metrics import LPIPS_SMALLEST_SIDE, load_lpips
-from .weights import ALEXNET, find_weights
+from .networks import Lpips
+from .weights import ALEXNET, LPIPS_SMALLEST_SIDE, find_weights
 
 
 def latent_loss(rectified: Tensor, standardised: Tensor, scale: Tensor) -> Tensor:
@@ -58,4 +58,5 @@ def open_lpips(image_size: int, device: torch.device) -> nn.Module:
     found = find_weights(ALEXNET)
     if found.path is None:
         raise ConfigError(f"finish-lpips needs weights that are not here: {found.reason}; or leave it at 0")
-    return load_lpips(found.path, device).requires_grad_(False).eval()
+    network: nn.Module = Lpips("alex", found.path, device).network
+    return network.requires_grad_(False).eval()

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RevqError
+
+V = TypeVar("V")
 
 
 def rank() -> int:
@@ -51,6 +54,20 @@ def broadcast(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def on_first(work: Callable[[], V]) -> V:
+    """What `work` gives on rank 0, on every rank; an error that it raises there is raised on every rank."""
+    answer: tuple[V | None, RevqError | None] | None = None
+    if rank() == 0:
+        try:
+            answer = (work(), None)
+        except RevqError as error:
+            answer = (None, error)
+    value, raised = broadcast(answer)
+    if raised is not None:
+        raise raised
+    return value
 
 
 def sum_tensors(tensor: Tensor) -> Tensor:

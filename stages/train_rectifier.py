@@ -34,7 +34,7 @@ from ..cache.store import LatentStore
 from ..errors import ConfigError, OutputError, TrainingError
 from ..files import claim_output, read_json, sha256_file
 from ..models.codebooks import CODEBOOKS_NAME, load_codebooks
-from ..models.quantizer import code_counts, usage
+from ..models.quantizer import code_counts, reset_unused, usage
 from ..models.rectifier import BLOCKS, update_average
 from ..models.tokenizer import ReVQTokenizer
 from . import ranks
@@ -299,17 +299,10 @@ def _mean_loss(state: TrainState) -> float:
 
 
 @torch.no_grad()
-def _reset_unused(state: TrainState, seed: int, share: float = 0.2, noise: float = 0.1) -> None:
-    """The paper's non-activation reset: up to `share` of K unused codes move beside the most used codes of their codebook."""
+def _reset_unused(state: TrainState, seed: int) -> None:
+    """The paper's non-activation reset, by the counts of all ranks."""
     state.usage = float(usage(ranks.sum_tensors(state.counts)).mean())
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + state.step)
-    codebooks = state.quantizer.codebooks
-    limit = int(share * codebooks.shape[1])
-    for token in (state.counts == 0).any(1).nonzero().flatten().tolist():
-        unused = (state.counts[token] == 0).nonzero().flatten()[:limit]
-        most_used = state.counts[token].argsort(descending=True, stable=True)[: len(unused)]
-        shift = noise * torch.randn(len(unused), codebooks.shape[2], generator=generator)
-        codebooks[token, unused] = codebooks[token, most_used] + shift.to(codebooks)
+    reset_unused(state.quantizer.codebooks, state.counts, seed=seed * 1_000_003 + state.step)
     state.counts.zero_()
 
 

@@ -10,6 +10,7 @@ import http.client
 import os
 import re
 import urllib.request
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,10 @@ import torch
 
 from ..errors import ConfigError, OutputError
 from ..files import replacing, sha256_file
+from . import ranks
+from .events import Event, Note
 
+LPIPS_SMALLEST_SIDE = 32  # the trunks' last pooling needs at least this side
 DOWNLOAD_TIMEOUT_S = 15.0
 _DOWNLOAD_CHUNK_BYTES = 1 << 20
 
@@ -55,6 +59,7 @@ INCEPTION = WeightFile(
     option="--inception-weights",
 )
 ALEXNET = WeightFile(title="the AlexNet trunk of LPIPS", url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth")
+VGG16 = WeightFile(title="the VGG16 trunk of LPIPS", url="https://download.pytorch.org/models/vgg16-397923af.pth")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +102,39 @@ def find_weights(weights: WeightFile, *, path: str | None = None, download: bool
         return FoundWeights(path=None, sha256=None, published=False, reason=reason)
     sha256 = sha256_file(file)
     return FoundWeights(path=file, sha256=sha256, published=sha256.startswith(weights.sha256_prefix))
+
+
+def find_metric_weights(*, inception: str | None, download: bool, image_size: int, count: int) -> Generator[Event, None, dict[str, FoundWeights]]:
+    """Weights of rFID and LPIPS by metric; yields what the user should know, a missing one above all. Rank 0 alone looks and downloads.
+
+    Args:
+        inception: path of the Inception file; None means the cache, then a download.
+        image_size, count: of the images to be measured, for metrics that need more of either.
+
+    Raises:
+        ConfigError: `inception` is not there.
+    """
+    too_few = f"the Frechet distance needs at least 2 images, and there is {count}" if count < 2 else ""
+    too_small = f"LPIPS needs images of at least {LPIPS_SMALLEST_SIDE} px, and these have {image_size}" if image_size < LPIPS_SMALLEST_SIDE else ""
+    found = {
+        "rfid": (yield from _find_one(INCEPTION, inception, download, too_few)),
+        "lpips_alex": (yield from _find_one(ALEXNET, None, download, too_small)),
+        "lpips_vgg": (yield from _find_one(VGG16, None, download, too_small)),
+    }
+    for name, weights in found.items():
+        if weights.reason:
+            yield Note(text=f"{name} is left out: {weights.reason}", warning=True)
+    return found
+
+
+def _find_one(weights: WeightFile, path: str | None, download: bool, hindrance: str) -> Generator[Event, None, FoundWeights]:
+    if path is None and hindrance:
+        return FoundWeights(path=None, sha256=None, published=False, reason=hindrance)
+    found = ranks.on_first(lambda: find_weights(weights, path=path, download=False))
+    if found.path is None and download:
+        yield Note(text=f"downloading the weights of {weights.title}: {weights.url}")
+        found = ranks.on_first(lambda: find_weights(weights))
+    return FoundWeights(path=None, sha256=None, published=False, reason=hindrance) if hindrance else found
 
 
 def _download(weights: WeightFile, target: Path, timeout_s: float) -> None:

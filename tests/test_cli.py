@@ -20,7 +20,7 @@ from revq.stages.fit_codebooks import FitCodebooksConfig
 from revq.stages.train_rectifier import TrainRectifierConfig
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
-COMMANDS = ("encode-latents", "fit-codebooks", "train-rectifier", "evaluate", "run", "demo", "info")
+COMMANDS = ("encode-latents", "fit-codebooks", "train-rectifier", "evaluate", "compare", "run", "demo", "info")
 CONFIGS = {
     "encode-latents": EncodeLatentsConfig,
     "fit-codebooks": FitCodebooksConfig,

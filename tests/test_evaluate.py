@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -24,9 +27,10 @@ from revq.errors import ConfigError, ImageError, MismatchError, OutputError, Rev
 from revq.models.tokenizer import TOKENIZER_KIND, ReVQTokenizer
 from revq.models.transform import LatentTransform
 from revq.models.vae import FrozenVAE
-from revq.stages.evaluate import EvaluateConfig, draw_grid, evaluate
+from revq.stages.evaluate import EvaluateConfig, evaluate
 from revq.stages.events import Advance, Begin, Event, Note, Result, run_quietly
-from revq.stages.metrics import ROWS, load_inception, to_signed, to_uint8
+from revq.stages.metrics import METRICS, ROWS, to_signed, to_uint8
+from revq.stages.pictures import draw_grid
 
 SIZE = 64
 TOKENS, CODES = 512, 24
@@ -74,6 +78,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, taef2: str, image
 def empty_torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No metric weights, whatever this machine has in its cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "torch-home"
 
 
@@ -85,7 +90,9 @@ def flat_folder(folder: Path, imagenet_sample: Path, count: int) -> Path:
 
 
 def config_for(tokenizer: Path, images: Path | str, out: Path, **settings: Any) -> EvaluateConfig:
-    return EvaluateConfig(**{"tokenizer": str(tokenizer), "images": str(images), "out": str(out), "download": False, "device": "cpu", **settings})
+    return EvaluateConfig(
+        **{"tokenizer": str(tokenizer), "images": str(images), "out": str(out), "download": False, "device": "cpu", "tolerance_images": 0, **settings}
+    )
 
 
 def events_of(config: EvaluateConfig) -> tuple[list[Event], dict[str, Any]]:
@@ -124,7 +131,7 @@ def test_metrics_json_has_the_contracts_fields_and_no_infinity(tokenizer_folder:
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert value == {**metrics, "out": str(tmp_path / "out"), "report": str(tmp_path / "out" / "report.html")}
     assert tuple(metrics["rows"]) == ROWS
-    assert all(tuple(row) == ("rfid", "psnr_db", "ssim", "lpips_alex") for row in metrics["rows"].values())
+    assert all(tuple(row) == METRICS for row in metrics["rows"].values())
     assert metrics["rows"]["original"]["psnr_db"] is None
     assert metrics["rows"]["original"]["ssim"] == pytest.approx(1, abs=1e-5)
     assert metrics["notes"]["psnr_db"] == "original: identical images: PSNR is infinite"
@@ -143,7 +150,8 @@ def test_metrics_without_weights_are_null_with_the_reason_and_the_command(tokeni
     images = flat_folder(tmp_path / "images", imagenet_sample, 2)
     events, value = events_of(config_for(tokenizer_folder, images, tmp_path / "out"))
     warned = " ".join(event.text for event in events if isinstance(event, Note) and event.warning)
-    for metric, file in (("rfid", "weights-inception-2015-12-05-6726825d.pth"), ("lpips_alex", "alexnet-owt-7be5be79.pth")):
+    files = {"rfid": "weights-inception-2015-12-05-6726825d.pth", "lpips_alex": "alexnet-owt-7be5be79.pth", "lpips_vgg": "vgg16-397923af.pth"}
+    for metric, file in files.items():
         assert all(row[metric] is None for row in value["rows"].values())
         assert f"curl -L --create-dirs -o {tmp_path}/torch-home/hub/checkpoints/{file} https://" in value["notes"][metric]
         assert value["notes"][metric] in warned
@@ -160,7 +168,7 @@ def test_rfid_and_lpips_come_once_their_weights_are_there(
     value = run_quietly(evaluate(config))
 
     original = load_images(images, 4)
-    direct = FrechetInceptionDistance(feature=load_inception(inception, torch.device("cpu")))
+    direct = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(inception), antialias=False)
     direct.update(original, real=True)
     direct.update(to_uint8(ReVQTokenizer.from_pretrained(tokenizer_folder).reconstruct(to_signed(original))), real=False)
     assert value["rows"]["rectified"]["rfid"] == pytest.approx(direct.compute().item(), rel=1e-3)
@@ -171,7 +179,7 @@ def test_rfid_and_lpips_come_once_their_weights_are_there(
     )
     assert "over 4 images" in value["notes"]["rfid"]
     assert "other weights than the published ones" in value["notes"]["rfid"]
-    assert len(value["protocol"]["rfid"]["weights_sha256"]) == 64
+    assert len(value["protocol"]["weights"]["rfid"]["sha256"]) == 64
 
     assert any("nothing to do" in event.text for event in evaluate(config) if isinstance(event, Note))
     torch.save(torch.load(inception), tmp_path / "again.pth", _use_new_zipfile_serialization=False)
@@ -299,7 +307,9 @@ class WrongSetting:
 
 
 WRONG_SETTINGS = [
-    WrongSetting("adm is for later", {"protocol": "adm"}, 'protocol must be "revq", which is the only one so far'),
+    WrongSetting("protocol", {"protocol": "clean"}, "protocol must be one of revq, adm, not 'clean'"),
+    WrongSetting("precision", {"precision": "fp16"}, "precision must be one of fp32, bf16, not 'fp16'"),
+    WrongSetting("tolerance", {"tolerance_images": -1}, "tolerance_images must be at least 0"),
     WrongSetting("batch size", {"batch_size": 0}, "batch_size must be at least 1, not 0"),
     WrongSetting("workers", {"workers": 0}, "workers must be at least 1, not 0"),
     WrongSetting("limit", {"limit": 0}, "limit must be at least 1"),
@@ -327,5 +337,152 @@ def test_the_pictures_are_spread_over_the_whole_set(tokenizer_folder: Path, imag
     images = flat_folder(tmp_path / "images", imagenet_sample, 15)
     (images / "00.jpg").write_bytes(b"no picture")
     pictures = run_quietly(evaluate(config_for(tokenizer_folder, images, tmp_path / "out", batch_size=4)))["pictures"]
-    assert pictures["keys"] == ["01.jpg", "02.jpg", "04.jpg", "06.jpg", "08.jpg", "10.jpg", "12.jpg", "14.jpg"]
+    assert pictures["keys"] == ["01.jpg", "03.jpg", "05.jpg", "07.jpg", "08.jpg", "10.jpg", "12.jpg", "14.jpg"]
     assert len(pictures["top"]) == len(pictures["psnr_db"]) == 8
+
+
+def weights_for(tmp_path: Path) -> dict[str, str]:
+    return {"inception_weights": str(save_random_inception(tmp_path / "inception.pth"))}
+
+
+def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    """All that was measured of the images; not the time that it took, nor where it went."""
+    return {name: value for name, value in metrics.items() if name not in {"throughput", "out", "report", "protocol", "sources"}}
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was_and_ends_with_the_same_numbers_to_the_last_bit(
+    tokenizer_folder: Path, imagenet_sample: Path, tmp_path: Path
+) -> None:
+    images, weights = flat_folder(tmp_path / "images", imagenet_sample, 7), weights_for(tmp_path)
+    (images / "02-broken.jpg").write_bytes(b"no picture")
+    settings = {**weights, "batch_size": 2, "cache": "off"}
+    whole = run_quietly(evaluate(config_for(tokenizer_folder, images, tmp_path / "whole", **settings)))
+    stopped = evaluate(config_for(tokenizer_folder, images, tmp_path / "other", **settings))
+    assert [event.done for event in itertools.islice((event for event in stopped if isinstance(event, Advance)), 2)] == [2, 4]
+    with pytest.raises(KeyboardInterrupt):
+        stopped.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+    assert [path.name for path in (tmp_path / "other").glob("partial*")] == ["partial-0-of-1.pt"]
+    assert not (tmp_path / "other" / "metrics.json").exists()
+    events, resumed = events_of(config_for(tokenizer_folder, images, tmp_path / "other", **settings))
+    begun = next(event for event in events if isinstance(event, Begin))
+    assert (begun.done, begun.total) == (4, 8)
+    assert numbers(resumed) == numbers(whole)
+    assert resumed["rows"]["rectified"]["rfid"] > 0
+    assert not list((tmp_path / "other").glob("partial*"))
+
+
+@pytest.mark.parametrize("damage", ["torn", "other batches"])
+def test_what_a_stopped_evaluation_left_is_used_only_if_it_is_whole_and_fits(
+    damage: str, tokenizer_folder: Path, imagenet_sample: Path, tmp_path: Path
+) -> None:
+    images, out = flat_folder(tmp_path / "images", imagenet_sample, 4), tmp_path / "out"
+    stopped = evaluate(config_for(tokenizer_folder, images, out, batch_size=1))
+    next(event for event in stopped if isinstance(event, Advance))
+    stopped.close()  # type: ignore[attr-defined]
+    partial = out / "partial-0-of-1.pt"
+    if damage == "torn":
+        partial.write_bytes(partial.read_bytes()[:1000])
+    events, value = events_of(config_for(tokenizer_folder, images, out, batch_size=2 if damage == "other batches" else 1))
+    assert next(event for event in events if isinstance(event, Begin)).done == 0
+    assert value["images"] == 4
+
+
+def test_two_ranks_write_the_numbers_of_one(
+    torchrun: Callable[..., Any], tokenizer_folder: Path, imagenet_sample: Path, tmp_path: Path, empty_torch_home: Path
+) -> None:
+    images, weights = flat_folder(tmp_path / "images", imagenet_sample, 11), weights_for(tmp_path)
+    (images / "03-broken.jpg").write_bytes(b"no picture")
+    save_random_alexnet(empty_torch_home)
+    settings = {**weights, "batch_size": 3, "tolerance_images": 5, "workers": 2}
+    one = run_quietly(evaluate(config_for(tokenizer_folder, images, tmp_path / "one", **settings)))
+    options = ["--inception-weights", weights["inception_weights"], "--batch-size", 3, "--tolerance-images", 5, "--workers", 2, "--device", "cpu"]
+    torchrun(2, "evaluate", tokenizer_folder, images, tmp_path / "two", "--no-download", *options)
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert (two["protocol"]["ranks"], one["protocol"]["ranks"]) == (2, 1)
+    assert flat(numbers(two)) == pytest.approx(flat(numbers(one)), rel=1e-9, abs=1e-9)
+    assert two["fingerprints"] == one["fingerprints"]
+    assert two["notes"] == one["notes"]
+    assert two["rows"]["rectified"]["inception_score"] > 1
+    assert not list((tmp_path / "two").glob("partial*"))
+    assert (tmp_path / "two" / "report.html").is_file()
+
+
+def flat(value: Any, name: str = "") -> dict[str, float]:
+    """Every number inside a JSON value, by its path."""
+    if isinstance(value, dict):
+        return {path: number for key, part in value.items() for path, number in flat(part, f"{name}/{key}").items()}
+    if isinstance(value, list):
+        return {path: number for i, part in enumerate(value) for path, number in flat(part, f"{name}/{i}").items()}
+    return {name: float(value)} if isinstance(value, int | float) else {}
+
+
+def test_the_next_tokenizer_on_the_same_images_reuses_the_originals_features(tokenizer_folder: Path, imagenet_sample: Path, tmp_path: Path) -> None:
+    images, settings = flat_folder(tmp_path / "images", imagenet_sample, 4), {**weights_for(tmp_path), "batch_size": 2}
+    first = run_quietly(evaluate(config_for(tokenizer_folder, images, tmp_path / "first", **settings)))
+    again = run_quietly(evaluate(config_for(tokenizer_folder, images, tmp_path / "again", **settings)))
+    assert (first["protocol"]["cached_features"], again["protocol"]["cached_features"]) == (0, 4)
+    assert numbers(again) == numbers(first)
+    shutil.copy(images / "03.jpg", images / "00.jpg")
+    other = run_quietly(evaluate(config_for(tokenizer_folder, images, tmp_path / "other", **settings)))
+    assert other["protocol"]["cached_features"] == 2
+    assert other["fingerprints"]["images"] != first["fingerprints"]["images"]
+
+
+def test_what_a_user_asks_is_recorded(small_run: Path, imagenet_sample: Path, tmp_path: Path) -> None:
+    value = run_quietly(evaluate(config_for(small_run, imagenet_sample / "val", tmp_path / "out", limit=10, batch_size=4)))
+    rows = value["rows"]
+    lost = rows["vae"]["psnr_db"] - rows["quantized"]["psnr_db"]
+    assert value["won_back"]["psnr_db"] == pytest.approx((rows["rectified"]["psnr_db"] - rows["quantized"]["psnr_db"]) / lost)
+    assert value["round_trip"] == {"images": 4, "largest_difference": 0}
+    assert value["throughput"]["encode_images_per_s"] > 0
+    assert value["throughput"]["images"] == 6
+    assert len(value["codebooks"]["usage"]) == len(value["codebooks"]["perplexity"]) == value["tokens_per_image"]
+    assert max(value["codebooks"]["perplexity"]) == pytest.approx(value["codebook_usage"]["perplexity"]["max"], abs=1e-6)
+    assert value["training"]["step"][-1] == 6
+    assert value["rfid_label"] == "rFID@10"
+    assert value["dataset"] == {"imagenet_val": False, "listed": 10, "unreadable": 0, "enlarged": 0}
+    assert value["notes"]["tolerance"] if value["tolerance"] else "tolerance" not in value["notes"]
+
+    table = pq.read_table(tmp_path / "out" / "images.parquet").to_pydict()
+    assert table["status"] == ["ok"] * 10
+    assert sum(table["rectified.psnr_db"]) / 10 == pytest.approx(rows["rectified"]["psnr_db"])
+    assert table["original.psnr_db"] == [float("inf")] * 10
+    ranking = sorted(zip(table["rectified.psnr_db"], table["key"], strict=True))
+    assert value["extremes"]["keys"] == [key for _, key in ranking[:4]] + [key for _, key in ranking[::-1][:4]]
+    classes = {entry["name"]: entry["psnr_db"] for entry in value["classes"]["worst"] + value["classes"]["best"]}
+    assert value["classes"]["count"] == len(set(table["class_name"]))
+    for name, psnr in classes.items():
+        members = [p for p, own in zip(table["rectified.psnr_db"], table["class_name"], strict=True) if own == name]
+        assert psnr == pytest.approx(sum(members) / len(members))
+
+
+def test_the_adm_protocol_crops_otherwise_and_says_that_the_tokenizer_knows_other_crops(
+    small_run: Path, imagenet_sample: Path, tmp_path: Path
+) -> None:
+    images = flat_folder(tmp_path / "images", imagenet_sample, 4)
+    ours = run_quietly(evaluate(config_for(small_run, images, tmp_path / "revq")))
+    adm = run_quietly(evaluate(config_for(small_run, images, tmp_path / "adm", protocol="adm")))
+    assert "crops" not in ours["notes"]
+    assert "trained on other crops (bilinear-antialias, centre) than those of protocol adm" in adm["notes"]["crops"]
+    assert adm["fingerprints"]["images"] != ours["fingerprints"]["images"]
+    assert adm["rows"]["vae"]["psnr_db"] != pytest.approx(ours["rows"]["vae"]["psnr_db"], abs=0.05)
+
+
+def test_bf16_decoding_keeps_the_tokens_and_nearly_the_pictures(tokenizer_folder: Path, imagenet_sample: Path, tmp_path: Path) -> None:
+    images = flat_folder(tmp_path / "images", imagenet_sample, 3)
+    full = run_quietly(evaluate(config_for(tokenizer_folder, images, tmp_path / "full")))
+    half = run_quietly(evaluate(config_for(tokenizer_folder, images, tmp_path / "half", precision="bf16")))
+    assert half["codebooks"] == full["codebooks"]
+    assert half["latent_error"] == full["latent_error"]
+    assert half["rows"]["vae"]["psnr_db"] != full["rows"]["vae"]["psnr_db"]
+    assert half["rows"]["vae"]["psnr_db"] == pytest.approx(full["rows"]["vae"]["psnr_db"], abs=0.2)
+    assert half["protocol"]["vae_precision"] == "encoder fp32, decoder bf16"
+
+
+def test_images_smaller_than_the_crop_are_counted(tokenizer_folder: Path, imagenet_sample: Path, tmp_path: Path) -> None:
+    images = flat_folder(tmp_path / "images", imagenet_sample, 2)
+    with Image.open(images / "00.jpg") as image:
+        image.resize((40, 50)).save(images / "00.jpg")
+    value = run_quietly(evaluate(config_for(tokenizer_folder, images, tmp_path / "out")))
+    assert value["dataset"]["enlarged"] == 1
+    assert value["notes"]["enlarged"] == "1 of 2 images are smaller than 64 px and were enlarged by the crop"

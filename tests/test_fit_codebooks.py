@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import zarr
 from safetensors.torch import load_file, save_file
 
 from revq import LatentStore
 from revq.cache.batches import ResidentLatents
-from revq.errors import CodebookError, ConfigError, MismatchError, OutputError
-from revq.models.codebooks import Codebooks, load_codebooks
+from revq.errors import CodebookError, ConfigError, MismatchError, OutputError, StoreError
+from revq.models.codebooks import CODEBOOKS_NAME, Codebooks, load_codebooks
 from revq.models.quantizer import MultiGroupQuantizer
 from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
 from revq.stages.events import Advance, Begin, Note, run_quietly
@@ -25,12 +29,13 @@ def config(store: Path, out: Path, **changes: object) -> FitCodebooksConfig:
     return FitCodebooksConfig(**{"store": str(store), "out": str(out), "transform": "standardize", **SMALL, **changes})  # type: ignore[arg-type]
 
 
-def latent_error(store: Path, fitted: Codebooks, split: str) -> float:
+def latent_error(store: Path, fitted: Codebooks, split: str, weigh: Codebooks | None = None) -> float:
+    """Mean squared error of standardised latents, by `weigh`'s scale where given."""
     latents = ResidentLatents(LatentStore.open(store)[split])
     standardised = fitted.transform.standardize(latents.batch(torch.arange(len(latents))))
     quantizer = MultiGroupQuantizer(fitted.codebooks)
     quantized = fitted.transform.from_coordinates(quantizer.decode(quantizer.encode(fitted.transform.to_coordinates(standardised))))
-    return float((quantized - standardised).detach().square().mean())
+    return float(((quantized - standardised).detach() * (weigh.transform.scale if weigh else 1)).square().mean())
 
 
 def test_codebooks_are_written_with_their_transform_and_usage(small_store: Path, tmp_path: Path) -> None:
@@ -168,6 +173,146 @@ def test_a_damaged_codebook_file_is_named(small_store: Path, tmp_path: Path) -> 
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CodebookError, match=r"codebooks\.safetensors is damaged"):
         load_codebooks(tmp_path / "out")
+
+
+def test_two_ranks_give_the_same_bytes_as_one_process(small_store: Path, tmp_path: Path, torchrun: Callable[..., object]) -> None:
+    settings = {"transform": "decoder", "codes": 16, "iterations": 2}
+    run_quietly(fit_codebooks(config(small_store, tmp_path / "one", **settings)))
+    options = ["--transform", "decoder", "--codes", 16, "--iterations", 2, "--calibration-samples", 32]
+    torchrun(2, "fit-codebooks", small_store, tmp_path / "two", *options)
+    for name in ("codebooks.safetensors", "sensitivity.md", "config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    assert not (tmp_path / "two" / "partial").exists()
+
+
+def test_on_several_ranks_a_folder_of_other_settings_is_an_error_and_no_endless_wait(
+    small_store: Path, small_codebooks: Path, torchrun: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = torchrun(2, "fit-codebooks", small_store, small_codebooks, "--transform", "standardize", "--codes", 8, check=1)
+    assert "made with other settings" in done.stderr
+
+
+def test_a_calibration_once_made_is_not_made_again(small_store: Path, tmp_path: Path) -> None:
+    settings = config(small_store, tmp_path / "out", transform="decoder")
+    stopped = fit_codebooks(settings)
+    for event in stopped:
+        if isinstance(event, Advance) and "mse" in event.values:
+            stopped.close()  # type: ignore[attr-defined]
+            break
+    tasks = [event.task for event in fit_codebooks(settings) if isinstance(event, Begin)]
+    assert tasks == ["k-means (faiss)"]
+    run_quietly(fit_codebooks(config(small_store, tmp_path / "whole", transform="decoder")))
+    assert (tmp_path / "out" / CODEBOOKS_NAME).read_bytes() == (tmp_path / "whole" / CODEBOOKS_NAME).read_bytes()
+
+
+def test_the_sensitivity_is_told_channel_by_channel(small_store: Path, tmp_path: Path) -> None:
+    result = run_quietly(fit_codebooks(config(small_store, tmp_path / "out", transform="decoder")))
+    lines = (tmp_path / "out" / "sensitivity.md").read_text().splitlines()
+    assert len(lines) == 2 + 32
+    shares = [float(line.split("|")[4].strip(" %")) for line in lines[2:]]
+    assert sum(shares) == pytest.approx(100, abs=2)
+    assert shares.index(max(shares)) == int(torch.tensor(result["sensitivity_per_channel"]).argmax())
+
+
+def test_larger_latents_are_cut_into_spatial_blocks_all_the_way_to_a_tokenizer(
+    small_store: Path, tmp_path: Path, taef2: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from revq import ReVQTokenizer
+    from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+
+    monkeypatch.setattr("revq.models.transform.MAX_DENSE_POSITIONS", 1024)
+    run_quietly(fit_codebooks(config(small_store, tmp_path / "blocks", transform="decoder", codes=16)))
+    fitted = load_codebooks(tmp_path / "blocks")
+    assert fitted.transform.axes is not None
+    assert fitted.transform.axes.shape == (2, 1024, 1024)
+    run = TrainRectifierConfig(store=str(small_store), codebooks=str(tmp_path / "blocks"), out=str(tmp_path / "run"), width=0, steps=0)
+    run_quietly(train_rectifier(run))
+    tokenizer = ReVQTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
+    latents = ResidentLatents(LatentStore.open(small_store)["val"]).batch(torch.arange(12))
+    assert torch.allclose(fitted.transform.inverse(fitted.transform(latents)), latents, atol=1e-3)
+    quantizer = MultiGroupQuantizer(fitted.codebooks)
+    assert torch.equal(tokenizer.encode_latents(latents), quantizer.encode(fitted.transform(latents)))
+    run_quietly(fit_codebooks(config(small_store, tmp_path / "plain", codes=16)))
+    plain = load_codebooks(tmp_path / "plain")
+    assert latent_error(small_store, fitted, "val", weigh=fitted) < latent_error(small_store, plain, "val", weigh=fitted)
+
+
+PLAIN_VAE = """
+import torch, torch.nn.functional as F
+
+class Means(torch.nn.Module):
+    \"\"\"Colours of 8 x 8 squares; twice their mean, which the decoder ignores; and a channel that is always one.\"\"\"
+
+    def encode(self, images):
+        colours = F.avg_pool2d(images, 8)
+        return torch.cat([colours, 2 * colours.mean(1, keepdim=True), torch.ones_like(colours[:, :1])], 1)
+
+    def decode(self, latents):
+        return F.interpolate(latents[:, :3], scale_factor=8)
+
+class Grey(Means):
+    def encode(self, images):
+        return torch.full_like(F.avg_pool2d(images, 8), 0.25)
+
+class Blind(Means):
+    def decode(self, latents):
+        return F.interpolate(0 * latents[:, :3], scale_factor=8)
+"""
+
+
+def encode_with(factory: str, tmp_path: Path, images: Path) -> Path:
+    (tmp_path / "plain_vae.py").write_text(PLAIN_VAE)
+    store = tmp_path / f"{factory}.zarr"
+    settings = {"images": str(images), "vae": f"{tmp_path / 'plain_vae.py'}:{factory}", "image_size": 64, "limit": 60, "workers": 2}
+    run_quietly(encode_latents(EncodeLatentsConfig(store=str(store), **settings)))  # type: ignore[arg-type]
+    return store
+
+
+@pytest.mark.parametrize("transform", ["decoder", "pca", "standardize"])
+def test_constant_and_redundant_channels_and_those_the_decoder_ignores_are_fitted_all_the_same(
+    transform: str, tmp_path: Path, imagenet_sample: Path
+) -> None:
+    store = encode_with("Means", tmp_path, imagenet_sample / "val")
+    settings = config(store, tmp_path / "out", transform=transform, tokens=80, codes=16)
+    notes = [event.text for event in fit_codebooks(settings) if isinstance(event, Note)]
+    assert any("64 of 320 latent positions never vary" in note for note in notes)
+    fitted = load_codebooks(tmp_path / "out")
+    latents = ResidentLatents(LatentStore.open(store)["train"]).batch(torch.arange(60))
+    quantizer = MultiGroupQuantizer(fitted.codebooks)
+    quantized = fitted.transform.inverse(quantizer.decode(quantizer.encode(fitted.transform(latents)))).detach()
+    assert torch.allclose(fitted.transform.inverse(fitted.transform(latents)), latents, atol=1e-3)
+    assert float((quantized[:, 4] - 1).abs().max()) < 1e-3
+    assert float((quantized[:, :3] - latents[:, :3]).square().mean()) < 0.5 * float(latents[:, :3].var())
+
+
+def test_latents_that_are_all_the_same_leave_every_codebook_one_living_code_and_say_so(tmp_path: Path, imagenet_sample: Path) -> None:
+    store = encode_with("Grey", tmp_path, imagenet_sample / "val")
+    events = list(fit_codebooks(config(store, tmp_path / "out", transform="pca", tokens=48, codes=8)))
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert any("336 codes in 48 of 48 codebooks are used by no latent" in note for note in notes)
+    assert latent_error(store, load_codebooks(tmp_path / "out"), "train") < 1e-9
+
+
+def test_a_decoder_that_ignores_its_latents_cannot_calibrate(tmp_path: Path, imagenet_sample: Path) -> None:
+    store = encode_with("Blind", tmp_path, imagenet_sample / "val")
+    with pytest.raises(CodebookError, match="--transform pca"):
+        run_quietly(fit_codebooks(config(store, tmp_path / "out", transform="decoder", tokens=80, codes=8)))
+
+
+def test_a_value_that_is_not_finite_in_the_store_is_named_by_its_row(tmp_path: Path, imagenet_sample: Path) -> None:
+    store = encode_with("Means", tmp_path, imagenet_sample / "val")
+    array = zarr.open_group(str(store / "train"), mode="r+", zarr_format=3)["latents"]
+    array[17] = np.full(array.shape[1:], np.nan, array.dtype)
+    with pytest.raises(StoreError, match='row 17 of split "train" is not finite'):
+        run_quietly(fit_codebooks(config(store, tmp_path / "out", tokens=80, codes=8)))
+
+
+def test_too_few_latents_for_the_codes_are_told_with_what_to_do(small_store: Path, tmp_path: Path) -> None:
+    notes = [event.text for event in fit_codebooks(config(small_store, tmp_path / "out")) if isinstance(event, Note)]
+    assert notes[0] == (
+        "120 latents for 32 codes are 3.8 per code, FAISS advises 39; codes will suit unseen images less well: "
+        "encode more images or --views, or take --codes 2 or fewer"
+    )
 
 
 @pytest.mark.parametrize("changes", [{"codes": 1}, {"tokens": 0}, {"transform": "fourier"}, {"backend": "gpu"}, {"rectifier_share": 1.0}], ids=str)

@@ -9,7 +9,7 @@ from torch import Tensor
 from revq.errors import CodebookError
 from revq.models.kmeans import kmeans
 from revq.models.nearest import nearest_codes
-from revq.models.quantizer import MultiGroupQuantizer, code_counts, perplexity, usage
+from revq.models.quantizer import code_counts, usage
 
 
 def points(groups: int = 3, count: int = 2000, dims: int = 4) -> Tensor:
@@ -63,20 +63,70 @@ def test_fewer_points_than_codes_is_an_error_that_names_the_largest_number() -> 
         kmeans(points(), 2001, iterations=1, seeds=[0, 1, 2], backend="faiss")
 
 
-def test_usage_and_perplexity_of_known_counts() -> None:
-    counts = torch.tensor([[10, 10, 10, 10], [40, 0, 0, 0], [20, 20, 0, 0]])
-    assert usage(counts).tolist() == [1.0, 0.25, 0.5]
-    assert perplexity(counts).tolist() == pytest.approx([4.0, 1.0, 2.0])
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_far_from_the_origin_the_error_is_the_same(backend: str, offset: float) -> None:
+    data = (points(groups=1) * 64).round() / 64  # exact in float32 beside an offset of 10,000
+    near, far = (mean_error(data + shift, kmeans(data + shift, 32, iterations=10, seeds=[0], backend=backend)) for shift in (0.0, offset))
+    assert far == pytest.approx(near, rel=0.01)
 
 
-def test_the_quantizer_searches_its_present_codebooks_after_an_optimizer_moved_them() -> None:
-    quantizer = MultiGroupQuantizer(points(2, 600, 4))
-    coordinates = points(2, 50, 4).transpose(0, 1)
-    optimizer = torch.optim.AdamW(quantizer.parameters(), lr=0.5)
-    for _ in range(3):
-        first, second = quantizer.encode(coordinates), quantizer.encode(coordinates)  # by product, then by tree
-        assert torch.equal(first, second)
-        assert torch.equal(first, nearest_codes(coordinates.transpose(0, 1), quantizer.codebooks.detach()).T)
-        optimizer.zero_grad()
-        quantizer.decode(first).square().sum().backward()
-        optimizer.step()
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+def test_every_code_is_the_mean_of_the_points_nearest_to_it_once_converged(backend: str) -> None:
+    data = points(groups=1, count=300, dims=2)
+    codes = kmeans(data, 8, iterations=200, seeds=[0], backend=backend)
+    indices = nearest_codes(data, codes)
+    means = torch.stack([data[0, indices[0] == code].mean(0) for code in range(8)])
+    assert float((codes[0] - means).abs().max()) < 0.02
+
+
+def test_a_group_that_has_converged_stops_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = []
+    search = nearest_codes
+    monkeypatch.setattr("revq.models.kmeans.nearest_codes", lambda data, codes: rounds.append(len(data)) or search(data, codes))
+    easy = torch.tensor([[0.0, 0.0], [9.0, 9.0]]).repeat(1, 100, 1)
+    data = torch.cat([easy[:, :200], points(groups=1, count=200, dims=2)])
+    kmeans(data, 2, iterations=50, seeds=[0, 1], backend="torch")
+    assert rounds[0] == 2
+    assert 1 in rounds[:-1]
+    assert len(rounds) < 40
+
+
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+def test_fewer_distinct_points_than_codes_leave_no_error_and_some_codes_unused(backend: str) -> None:
+    data = points(groups=2, count=5).repeat_interleave(20, dim=1)
+    codes = kmeans(data, 16, iterations=30, seeds=[0, 1], backend=backend)
+    assert bool(torch.isfinite(codes).all())
+    assert mean_error(data, codes) < 1e-8
+    assert usage(code_counts(nearest_codes(data, codes).T, 16)).tolist() == [5 / 16, 5 / 16]
+
+
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+@pytest.mark.parametrize("value", [0.0, 3e7])
+def test_points_that_never_vary_get_codes_at_their_place(backend: str, value: float) -> None:
+    data = torch.full((2, 50, 4), value)
+    codes = kmeans(data, 8, iterations=5, seeds=[0, 1], backend=backend)
+    assert mean_error(data, codes) <= (1e-12 if value == 0 else 1)
+    assert bool(torch.isfinite(codes).all())
+
+
+def test_points_that_are_not_finite_are_refused() -> None:
+    data = points()
+    data[1, 7, 2] = float("nan")
+    with pytest.raises(CodebookError, match="group 1 of the points holds values that are not finite"):
+        kmeans(data, 8, iterations=2, seeds=[0, 1, 2], backend="torch")
+
+
+def test_the_torch_backend_never_holds_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("revq.models.nearest._BLOCK_VALUES", 1000)
+    sizes = []
+    product = torch.baddbmm
+
+    def measured(*arguments: Tensor, **options: float) -> Tensor:
+        scores = product(*arguments, **options)
+        sizes.append(scores.numel())
+        return scores
+
+    monkeypatch.setattr("torch.baddbmm", measured)
+    kmeans(points(count=300), 20, iterations=3, seeds=[0, 1, 2], backend="torch")
+    assert max(sizes) <= 1000

@@ -10,19 +10,22 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
 from PIL import Image
-from random_weights import save_random_alexnet, save_random_inception
+from random_weights import save_random_alexnet, save_random_inception, save_random_vgg16
 from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image import LearnedPerceptualImagePatchSimilarity, PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from revq.errors import ConfigError
-from revq.stages.metrics import CodebookUsage, RowMetrics, image_scores, load_inception, load_lpips, to_signed, to_uint8
+from revq.stages.frechet import InceptionScore, Moments, frechet_distance, split_of_images
+from revq.stages.metrics import CodebookUsage, score_images, ssim, to_signed, to_uint8
+from revq.stages.networks import CLASSES, FEATURES, FeatureCache, Inception, Lpips
 from revq.stages.weights import ALEXNET, INCEPTION, WeightFile, find_weights
 
 CPU = torch.device("cpu")
@@ -61,68 +64,91 @@ def test_rounding_to_uint8_and_back_keeps_every_level() -> None:
 def test_psnr_and_ssim_equal_torchmetrics_on_each_rgb_image(imagenet_sample: Path) -> None:
     reference = real_pixels(imagenet_sample, 4, 64)
     images = torch.stack([distorted(picture, 4.0 * (i + 1)) for i, picture in enumerate(reference)])
-    scores = image_scores(images, reference, None)
+    scores = score_images({"vae": images}, reference, {})["vae"]
     for i in range(4):
         pair = (images[i : i + 1] / 255, reference[i : i + 1] / 255)
         assert scores["psnr_db"][i].item() == pytest.approx(PeakSignalNoiseRatio(data_range=1.0)(*pair).item(), abs=1e-4)
-        assert scores["ssim"][i].item() == pytest.approx(StructuralSimilarityIndexMeasure(data_range=1.0)(*pair).item(), abs=1e-5)
+        assert scores["ssim"][i].item() == pytest.approx(StructuralSimilarityIndexMeasure(data_range=1.0)(*pair).item(), abs=3e-5)
         by_hand = -10 * math.log10(float(((images[i].double() - reference[i].double()) / 255).square().mean()))
-        assert scores["psnr_db"][i].item() == pytest.approx(by_hand, abs=1e-4)
+        assert scores["psnr_db"][i].item() == pytest.approx(by_hand, abs=1e-9)
 
 
-def test_rfid_equals_torchmetrics_and_torch_fidelity_called_directly(imagenet_sample: Path, inception_file: Path, tmp_path: Path) -> None:
-    original = real_pixels(imagenet_sample, 10, 64)
+@pytest.mark.parametrize("shape", [(11, 11), (16, 40), (64, 64)], ids=str)
+def test_the_fast_ssim_equals_torchmetrics_convolution_up_to_the_border(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 3, *shape, generator=generator).double()
+    reference = (images + 0.2 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+    images[:, :, : shape[0] // 2] *= 0.01  # a dark half, where variances cancel
+    slow = structural_similarity_index_measure(images, reference, data_range=1.0, reduction="none")
+    assert ssim(images, reference).tolist() == pytest.approx(slow.tolist(), abs=1e-10)
+
+
+def test_equal_pictures_have_an_infinite_psnr_and_an_ssim_of_one(imagenet_sample: Path) -> None:
+    pixels = real_pixels(imagenet_sample, 2, 64)
+    scores = score_images({"original": pixels}, pixels, {})["original"]
+    assert scores["psnr_db"].tolist() == [math.inf, math.inf]
+    assert scores["ssim"].tolist() == pytest.approx([1, 1], abs=1e-6)
+    assert scores["lpips_alex"].isnan().all()
+
+
+def test_rfid_and_inception_score_equal_torch_fidelity_on_the_same_pngs(imagenet_sample: Path, inception_file: Path, tmp_path: Path) -> None:
+    original = real_pixels(imagenet_sample, 12, 64)
     images = distorted(original, 40.0)
-    metrics = RowMetrics(inception=load_inception(inception_file, CPU), lpips=None, device=CPU, rows=("original", "vae"))
-    for part in (slice(0, 3), slice(3, 10)):
-        metrics.update({"original": original[part], "vae": images[part]})
-    rfid = metrics.compute()["vae"]["rfid"]
+    inception, splits = Inception(inception_file, CPU), split_of_images(12)
+    moments, score = {name: Moments(FEATURES, CPU) for name in ("original", "vae")}, InceptionScore(CLASSES)
+    for part in (slice(0, 5), slice(5, 12)):
+        moments["original"].add(inception.features(original[part]))
+        features = inception.features(images[part])
+        moments["vae"].add(features)
+        score.add(inception.logits(features), splits[part])
+    rfid = frechet_distance(moments["vae"].gaussian(), moments["original"].gaussian())
 
-    direct = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(inception_file), antialias=False)
-    direct.update(original, real=True)
-    direct.update(images, real=False)
     folders = [str(save_pngs(tmp_path / name, pixels)) for name, pixels in (("ours", images), ("theirs", original))]
-    fidelity = torch_fidelity.calculate_metrics(
-        input1=folders[0], input2=folders[1], fid=True, feature_extractor_weights_path=str(inception_file), cuda=False, cache=False, save_cpu_ram=True
-    )
-    assert rfid is not None
+    settings = {"feature_extractor_weights_path": str(inception_file), "cuda": False, "cache": False, "save_cpu_ram": True, "verbose": False}
+    fidelity = torch_fidelity.calculate_metrics(input1=folders[0], input2=folders[1], fid=True, isc=True, **settings)
     assert rfid > 1
-    assert rfid == pytest.approx(direct.compute().item(), rel=1e-4)
     assert rfid == pytest.approx(fidelity["frechet_inception_distance"], rel=1e-4)
+    assert score.compute() == pytest.approx(fidelity["inception_score_mean"], rel=1e-5)
 
 
-def test_rfid_of_images_against_themselves_is_zero_whatever_the_batches(imagenet_sample: Path, inception_file: Path) -> None:
-    original = real_pixels(imagenet_sample, 5, 64)
-    metrics = RowMetrics(inception=load_inception(inception_file, CPU), lpips=None, device=CPU, rows=("original",))
-    for part in (slice(0, 1), slice(1, 5)):
-        metrics.update({"original": original[part]})
-    row = metrics.compute()["original"]
-    assert row["rfid"] == pytest.approx(0, abs=1e-3)
-    assert row == {"rfid": row["rfid"], "psnr_db": None, "ssim": pytest.approx(1, abs=1e-6), "lpips_alex": None}
-
-
-def test_rfid_of_a_single_image_is_none(imagenet_sample: Path, inception_file: Path) -> None:
-    original = real_pixels(imagenet_sample, 1, 64)
-    metrics = RowMetrics(inception=load_inception(inception_file, CPU), lpips=None, device=CPU, rows=("original",))
-    metrics.update({"original": original})
-    assert metrics.compute()["original"]["rfid"] is None
-
-
-def test_lpips_equals_torchmetrics_called_directly(imagenet_sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = save_random_alexnet(tmp_path)
+def test_original_features_are_kept_by_their_content_and_never_taken_for_others(imagenet_sample: Path, inception_file: Path, tmp_path: Path) -> None:
     original = real_pixels(imagenet_sample, 4, 64)
+    digests = [hashlib.sha256(picture.numpy().tobytes()).digest() for picture in original]
+    inception, first, again = Inception(inception_file, CPU), FeatureCache(tmp_path / "cache", "w"), FeatureCache(tmp_path / "cache", "w")
+    computed = first.features(inception, original, digests)
+    assert torch.equal(again.features(inception, original, digests), computed)
+    assert (first.reused, again.reused) == (0, 4)
+    assert FeatureCache(tmp_path / "cache", "other weights").features(inception, original, digests).shape == (4, FEATURES)
+    changed = original.flip(3)
+    other = again.features(inception, changed, [hashlib.sha256(picture.numpy().tobytes()).digest() for picture in changed])
+    assert not torch.equal(other, computed)
+    assert again.reused == 4
+    for path in (tmp_path / "cache").rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(FeatureCache(tmp_path / "cache", "w").features(inception, original, digests), computed)
+
+
+def test_a_feature_cache_that_cannot_be_written_is_done_without(imagenet_sample: Path, inception_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    original = real_pixels(imagenet_sample, 2, 64)
+    cache = FeatureCache(tmp_path / "file", "w")
+    assert cache.features(Inception(inception_file, CPU), original, [b"a", b"b"]).shape == (2, FEATURES)
+    assert not cache.writable
+
+
+@pytest.mark.parametrize("trunk", ["alex", "vgg"])
+def test_lpips_equals_torchmetrics_called_directly(trunk: Any, imagenet_sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = save_random_alexnet(tmp_path) if trunk == "alex" else save_random_vgg16(tmp_path)
+    original = real_pixels(imagenet_sample, 17, 48)
     images = distorted(original, 40.0)
-    metrics = RowMetrics(inception=None, lpips=load_lpips(path, CPU), device=CPU, rows=("original", "vae"))
-    for part in (slice(0, 1), slice(1, 4)):
-        metrics.update({"original": original[part], "vae": images[part]})
-    direct = LearnedPerceptualImagePatchSimilarity(net_type="alex")
+    name = f"lpips_{trunk}"
+    rows = score_images({"original": original, "vae": images}, original, {name: Lpips(trunk, path, CPU)})
+    direct = LearnedPerceptualImagePatchSimilarity(net_type=trunk)
     direct.update(to_signed(images), to_signed(original))
-    rows = metrics.compute()
-    assert rows["original"]["lpips_alex"] == pytest.approx(0, abs=1e-7)
-    assert rows["vae"]["lpips_alex"] is not None
-    assert rows["vae"]["lpips_alex"] > 1e-4
-    assert rows["vae"]["lpips_alex"] == pytest.approx(direct.compute().item(), rel=1e-4)
+    assert rows["original"][name].abs().max() < 1e-7
+    assert rows["vae"][name].min() > 1e-5
+    assert rows["vae"][name].mean().item() == pytest.approx(direct.compute().item(), rel=1e-4)
 
 
 def test_usage_and_perplexity_follow_the_counts_of_each_codebook() -> None:
@@ -130,6 +156,7 @@ def test_usage_and_perplexity_follow_the_counts_of_each_codebook() -> None:
     usage.update(torch.tensor([[0, 0, 0], [0, 1, 1]]))
     usage.update(torch.tensor([[0, 0, 2], [0, 0, 3]]))
     result = usage.compute()
+    assert usage.each()["usage"] == [0.25, 0.5, 1.0]
     assert result["usage"] == {"min": 0.25, "median": 0.5, "max": 1.0}
     assert result["perplexity"] == pytest.approx({"min": 1.0, "median": 0.75**-0.75 * 0.25**-0.25, "max": 4.0})
 
@@ -161,7 +188,7 @@ def test_a_damaged_or_foreign_checkpoint_is_an_error_and_never_a_random_network(
     else:
         torch.save([1] if case.content == "list" else {"weight": torch.zeros(3)}, path)
     with pytest.raises(ConfigError, match=case.message) as caught:
-        load_inception(path, CPU)
+        Inception(path, CPU)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
 
@@ -171,7 +198,7 @@ def test_an_alexnet_of_other_weights_is_an_error(tmp_path: Path, monkeypatch: py
     path = save_random_alexnet(tmp_path)
     torch.save({"weight": torch.zeros(3)}, path)
     with pytest.raises(ConfigError, match="does not fit torchvision's AlexNet"):
-        load_lpips(path, CPU)
+        Lpips("alex", path, CPU)
 
 
 def test_weights_that_are_named_but_missing_are_an_error(tmp_path: Path) -> None:

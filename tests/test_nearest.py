@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revq import nearest_codes
-from revq.models.nearest import NearestCodes
+from revq.errors import ConfigError
+from revq.models.nearest import NearestCodes, _pick_backend
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def oracle_distances(coordinates: Tensor, codebooks: Tensor) -> Tensor:
@@ -40,7 +47,16 @@ class Case:
         return f"T{self.tokens}-N{self.points}-K{self.codes}-D{self.dims}-offset{self.offset:g}"
 
 
-CASES = [Case(3, 200, 64, 4), Case(2, 100, 1024, 4), Case(1, 50, 16, 32), Case(4, 1, 2, 1), Case(2, 100, 700, 4, offset=1000.0), Case(1, 30, 1, 8)]
+CASES = [
+    Case(3, 200, 64, 4),
+    Case(2, 100, 1024, 4),
+    Case(1, 50, 16, 32),
+    Case(4, 1, 2, 1),
+    Case(2, 100, 700, 4, offset=1000.0),
+    Case(2, 50, 300, 4, offset=1e6),
+    Case(1, 30, 1, 8),
+    Case(2, 0, 9, 4),
+]
 
 
 @pytest.mark.parametrize("backend", ["tree", "product"])
@@ -81,6 +97,95 @@ def test_a_code_is_its_own_nearest_code(tokens: int, points: int, codes: int, di
     coordinates = codebooks.gather(1, chosen.unsqueeze(2).expand(-1, -1, dims))
     found = nearest_codes(coordinates, codebooks)
     assert torch.equal(codebooks.gather(1, found.unsqueeze(2).expand(-1, -1, dims)), coordinates)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(0, 20), st.integers(1, 40), st.integers(1, 6), st.sampled_from([0.0, 7.0, 1e3, 1e6]),
+    st.sampled_from([1e-6, 1.0, 1e4]), st.integers(1, 3), st.integers(0, 2**31), st.sampled_from(["tree", "product"]),
+)  # fmt: skip
+def test_whatever_the_numbers_the_code_found_is_the_oracles(
+    tokens: int, count: int, codes: int, dims: int, offset: float, scale: float, copies: int, seed: int, backend: str
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codebooks = (scale * torch.randn(tokens, codes, dims, generator=generator) + offset).repeat(1, copies, 1)
+    coordinates = scale * torch.randn(tokens, count, dims, generator=generator) + offset
+    found = NearestCodes(codebooks, backend).query(coordinates)
+    distances = oracle_distances(coordinates, codebooks)
+    chosen = distances.gather(2, found.unsqueeze(2))
+    assert torch.allclose(chosen, distances.amin(2, keepdim=True), rtol=1e-12, atol=0)
+    assert bool((found < codes).all())  # the first of the copies
+
+
+@pytest.mark.parametrize("backend", ["tree", "product"])
+def test_a_codebook_of_one_code_repeated_many_times_answers_with_the_first(backend: str) -> None:
+    codebooks = torch.full((2, 1000, 4), 0.3)
+    assert not NearestCodes(codebooks, backend).query(torch.randn(2, 9, 4)).any()
+
+
+def test_small_dims_on_the_cpu_go_to_the_tree_and_all_else_to_the_product() -> None:
+    assert NearestCodes(torch.randn(1, 1024, 4)).backend == "tree"
+    assert NearestCodes(torch.randn(1, 1024, 16)).backend == "product"
+    assert NearestCodes(torch.randn(1, 8, 4)).backend == "product"
+
+
+def test_without_triton_the_kernel_is_refused_by_name_and_a_gpu_takes_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("revq.models.nearest._has_triton", lambda: False)
+    with pytest.raises(ConfigError, match="needs Triton"):
+        NearestCodes(torch.randn(1, 4, 4), "fused")
+    assert _pick_backend(torch.device("cuda"), 1024, 4) == "product"
+    monkeypatch.setattr("revq.models.nearest._has_triton", lambda: True)
+    assert _pick_backend(torch.device("cuda"), 1024, 4) == "fused"
+    assert _pick_backend(torch.device("cuda"), 1024, 64) == "product"
+
+
+INTERPRETED = """
+import torch
+from revq.models.nearest import NearestCodes
+generator = torch.Generator().manual_seed(0)
+for tokens, count, codes, dims, offset in [(3, 70, 150, 4, 0.0), (2, 33, 64, 8, 1000.0), (2, 1, 1, 1, 0.0), (1, 40, 65, 3, 0.0)]:
+    codebooks, points = (torch.randn(tokens, size, dims, generator=generator) + offset for size in (codes, count))
+    codebooks = codebooks.repeat(1, 2, 1)
+    assert torch.equal(NearestCodes(codebooks, "fused").query(points), NearestCodes(codebooks, "tree").query(points)), (tokens, count, codes, dims)
+corners = torch.tensor([[5.0, 0.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]).repeat(30, 1)
+assert NearestCodes(corners[None], "fused").query(torch.zeros(1, 1, 2)).item() == 1
+assert NearestCodes(corners[None], "fused").query(torch.zeros(1, 0, 2)).shape == (1, 0)
+"""
+
+
+@needs_triton
+def test_the_gpu_kernel_finds_the_same_codes_in_tritons_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+COMPILED = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from revq.models.fused_nearest import _BLOCK_CODES, _BLOCK_POINTS, _kernel
+types = {"points": "*fp32", "codes": "*fp32", "indices": "*i64", "N": "i32", "K": "i32"}
+constants = {"D": 4, "BLOCK_N": _BLOCK_POINTS, "BLOCK_K": _BLOCK_CODES}
+source = ASTSource(_kernel, types | dict.fromkeys(constants, "constexpr"), {(5 + i,): value for i, value in enumerate(constants.values())})
+ptx = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+assert "fma.rn.f32" in ptx and ".local" not in ptx and ptx.count("st.global") == 1, ptx
+"""
+
+
+@needs_triton
+def test_the_gpu_kernel_compiles_and_stores_nothing_but_indices() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_on_a_gpu_the_code_found_is_as_near_as_the_float64_oracle(case: Case) -> None:
+    generator = torch.Generator().manual_seed(1)
+    coordinates = torch.randn(case.tokens, case.points, case.dims, generator=generator) + case.offset
+    codebooks = torch.randn(case.tokens, case.codes, case.dims, generator=generator) + case.offset
+    assert_nearest(nearest_codes(coordinates.cuda(), codebooks.cuda()).cpu(), coordinates, codebooks)
 
 
 def test_many_points_are_searched_in_blocks_with_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,27 +18,48 @@ import torch
 from PIL import Image
 
 from revq.errors import OutputError
-from revq.pipeline.report import cut_tiles, headline_table, html_report, markdown_report, verdict, write_report
-from revq.stages.evaluate import draw_grid
+from revq.pipeline.page import error_map, html_report
+from revq.pipeline.report import cut_tiles, headline_table, markdown_report, verdict, write_report
 from revq.stages.metrics import ROWS
+from revq.stages.pictures import draw_grid
 
-VOID = {"meta", "img", "br", "link"}
+VOID = {"meta", "img", "br", "link", "input", "line", "polyline"}
 METRICS: dict[str, Any] = {
     "protocol": {
         "name": "revq",
         "image_size": 48,
         "resize": "shorter side",
         "crop": "centre",
-        "reference": "the same crops",
-        "rounding": "uint8",
-        "rfid": {"network": "inception", "weights": "inception.pth", "weights_sha256": None},
-        "psnr_db": "RGB",
-        "ssim": "RGB",
-        "lpips_alex": {"input": "RGB", "weights": "alexnet.pth", "weights_sha256": "ab" * 32},
+        "antialias": True,
+        "weights": {
+            "rfid": {"file": None, "sha256": None, "published": False},
+            "lpips_alex": {"file": "alexnet.pth", "sha256": "ab" * 32, "published": True},
+        },
         "device": "cpu",
         "versions": {"torch": "2.6.0"},
     },
     "images": 3,
+    "rfid_label": "rFID@3",
+    "won_back": {"rfid": None, "psnr_db": 0.25, "ssim": 0.25, "lpips_alex": 0.4, "lpips_vgg": None},
+    "throughput": {"encode_images_per_s": 41.0, "decode_images_per_s": 30.5, "images": 3, "batch_size": 64, "device": "cpu"},
+    "round_trip": {"images": 3, "largest_difference": 0},
+    "tolerance": {
+        "images": 3,
+        "levels": [0.1, 0.5],
+        "isotropic": [{"noise": n, "rfid": None, "psnr_db": 25 - 20 * n, "ssim": 0.9 - n, "lpips_alex": 0.05 + n} for n in (0.0, 0.1, 0.5)],
+        "decoder": [{"noise": n, "rfid": None, "psnr_db": 25 - 22 * n, "ssim": 0.9 - n, "lpips_alex": 0.05 + n} for n in (0.0, 0.1, 0.5)],
+        "marks": {
+            row: {"noise": {"isotropic": 0.4, "decoder": 0.2}, "rfid": None, "psnr_db": psnr, "ssim": 0.7, "lpips_alex": 0.1}
+            for row, psnr in (("quantized", 21.0), ("rectified", 22.0))
+        },
+    },
+    "training": {"step": [0, 50, 100], "val_mse_quantized": [0.3, 0.3, 0.3], "val_mse_rectified": [0.3, 0.28, 0.27], "train_loss": [None, 0.2, 0.1]},
+    "codebooks": {"usage": [0.1, 0.5, 1.0], "perplexity": [3.0, 40.0, 500.0]},
+    "classes": {
+        "count": 2,
+        "worst": [{"name": "<cat>", "images": 1, "psnr_db": 20.0, "ssim": 0.6, "lpips_alex": None, "lpips_vgg": None}],
+        "best": [{"name": "dog", "images": 2, "psnr_db": 23.0, "ssim": 0.8, "lpips_alex": 0.05, "lpips_vgg": None}],
+    },
     "rows": {
         "original": {"rfid": None, "psnr_db": None, "ssim": 1.0, "lpips_alex": 0.0},
         "vae": {"rfid": None, "psnr_db": 25.0, "ssim": 0.9, "lpips_alex": 0.05},
@@ -78,7 +99,10 @@ def evaluation(tmp_path: Path, pictures: torch.Tensor) -> Path:
     grid, layout = draw_grid([list(row) for row in pictures], ROWS)
     metrics = copy.deepcopy(METRICS)
     metrics["pictures"].update(layout)
+    extremes, extremes_layout = draw_grid([list(row) for row in pictures[:2]], ROWS)
+    metrics["extremes"] = {**extremes_layout, "kinds": ["worst", "best"], "keys": ["w.png", "z.png"], "psnr_db": METRICS["pictures"]["psnr_db"][:2]}
     (tmp_path / "reconstructions.png").write_bytes(grid)
+    (tmp_path / "extremes.png").write_bytes(extremes)
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     return tmp_path
 
@@ -110,14 +134,19 @@ class Page(HTMLParser):
             self.cells.append([])
         if tag == "td":
             self.cells[-1].append("")
-        self.links += [value or "" for name, value in attributes if name in {"href", "src"} and not (value or "").startswith("data:")]
+        self.links += [
+            value or "" for name, value in attributes if name in {"href", "src", "srcset", "action", "data"} and not (value or "").startswith("data:")
+        ]
         self.ids.add(values.get("id") or "")
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert tag in VOID
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
+        if "style" not in self.open and "script" not in self.open:
             self.text += data
         if self.open and self.open[-1] == "td":
             self.cells[-1][-1] += data
@@ -129,23 +158,26 @@ def test_the_html_report_is_well_formed_and_needs_no_network(evaluation: Path) -
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
     assert "url(" not in html
     assert "@import" not in html
-    assert "<script" not in html
+    assert not re.search(r"https?://(?!URL)", html.replace("http://www.w3.org/2000/svg", ""))
+    assert not re.search(r"fetch\(|XMLHttpRequest|import\(|eval\(", html)
 
 
 def test_the_html_report_holds_every_picture_at_its_own_size_pixel_for_pixel(evaluation: Path, pictures: torch.Tensor) -> None:
     page = Page(write_report(evaluation).read_text())
-    assert len(page.images) == 12
-    for attributes, picture in zip(page.images, pictures.flatten(0, 1), strict=True):
+    shown = [image for image in page.images if (image.get("src") or "").startswith("data:")]
+    assert len(shown) == 15 + 10
+    plain = [image for image in shown[:15] if not (image["alt"] or "").startswith("error: ")]
+    for attributes, picture in zip(plain, pictures.flatten(0, 1), strict=True):
         source = attributes["src"] or ""
         image = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
         assert np.array_equal(np.array(image), picture.permute(1, 2, 0).numpy())
-    assert page.titles == ["a.png", 'b"<i>.png', "c.png"]
-    assert [image["alt"] for image in page.images][4:6] == ['original: b"<i>.png', 'vae: b"<i>.png']
+    assert page.titles == ["a.png", 'b"<i>.png', "c.png", "w.png", "z.png"]
+    assert [image["alt"] for image in shown][5:7] == ['original: b"<i>.png', 'vae: b"<i>.png']
 
 
 def test_the_html_report_shows_the_table_the_verdict_and_the_notes(evaluation: Path) -> None:
     page = Page(write_report(evaluation).read_text())
-    assert [cells for cells in page.cells if cells] == [
+    assert [cells for cells in page.cells if cells][:4] == [
         ["–", "∞", "1.0000", "0.0000"],
         ["–", "25.00", "0.9000", "0.0500"],
         ["–", "21.00", "0.7000", "0.1000"],
@@ -154,6 +186,16 @@ def test_the_html_report_shows_the_table_the_verdict_and_the_notes(evaluation: P
     for text in (
         "512 tokens of 512 codes",
         "rFID@3 ↓",
+        "not comparable to published numbers",
+        "Share of the loss won back: PSNR 25%, SSIM 25%, LPIPS-Alex 40%.",
+        "encode 41.0 and decode 30.5 images/s on cpu, 64 at once",
+        "Worst and best images",
+        "How much error the decoder forgives",
+        "quantized (0.400 / 0.200)",
+        "Validation error of the latents",
+        "Every codebook, least used first",
+        "<cat>",
+        "the same pictures (3 images)",
         "Quantization costs 4.00 dB against the VAE alone; the rectifier wins back 1.00 dB of it (25%).",
         "curl -o FILE URL",
         "or pass the file by --inception-weights PATH",
@@ -171,6 +213,9 @@ def test_the_markdown_report_has_the_same_table(evaluation: Path) -> None:
     lines = (evaluation / "report.md").read_text().splitlines()
     assert "| row | rFID@3 ↓ | PSNR (dB) ↑ | SSIM ↑ | LPIPS-Alex ↓ |" in lines
     assert "| original | – | ∞ | 1.0000 | 0.0000 |" in lines
+    assert "rFID@3 is not comparable to published numbers." in lines
+    assert "| decoder 0.5 | 14.00 | 0.4000 | 0.5500 |" in lines
+    assert "![quality against noise on the latents](tolerance.png)" in lines
     assert "| rectified | – | 22.00 | 0.7500 | 0.0800 |" in lines
     assert "![original, vae, quantized, rectified](reconstructions.png)" in lines
 
@@ -178,7 +223,8 @@ def test_the_markdown_report_has_the_same_table(evaluation: Path) -> None:
 def test_a_report_can_be_made_again_and_comes_out_the_same(evaluation: Path) -> None:
     first = write_report(evaluation).read_bytes()
     assert write_report(evaluation).read_bytes() == first
-    assert sorted(path.name for path in evaluation.iterdir()) == ["metrics.json", "reconstructions.png", "report.html", "report.md"]
+    names = ["extremes.png", "metrics.json", "reconstructions.png", "report.html", "report.md", "tolerance.png"]
+    assert sorted(path.name for path in evaluation.iterdir()) == names
 
 
 @pytest.mark.parametrize("missing", ["metrics.json", "reconstructions.png"])
@@ -189,9 +235,42 @@ def test_a_folder_without_a_finished_evaluation_is_an_error(missing: str, evalua
     assert not (evaluation / "report.html").exists()
 
 
-def test_rfid_is_called_rfid_only_on_fifty_thousand_images() -> None:
-    assert headline_table({**METRICS, "images": 50_000})[0][1] == "rFID ↓"
+def test_rfid_is_called_what_the_evaluation_says_and_only_a_real_one_goes_without_a_warning(evaluation: Path) -> None:
+    assert headline_table({**METRICS, "rfid_label": "rFID"})[0][1] == "rFID ↓"
     assert headline_table(METRICS)[0][1] == "rFID@3 ↓"
+    metrics = json.loads((evaluation / "metrics.json").read_text())
+    (evaluation / "metrics.json").write_text(json.dumps({**metrics, "rfid_label": "rFID"}))
+    assert "not comparable" not in write_report(evaluation).read_text()
+
+
+def test_columns_that_were_not_measured_are_left_out_and_others_come_in() -> None:
+    metrics = copy.deepcopy(METRICS)
+    metrics["rows"]["vae"] |= {"lpips_vgg": 0.25, "inception_score": 12.5}
+    table = headline_table(metrics)
+    assert table[0][5:] == ["LPIPS-VGG ↓", "Inception score ↑"]
+    assert table[2][5:] == ["0.2500", "12.50"]
+    assert table[3][5:] == ["–", "–"]
+
+
+def test_the_error_map_is_black_where_pictures_agree_and_white_where_they_differ_most() -> None:
+    first = np.zeros((4, 4, 3), dtype=np.uint8)
+    second = first.copy()
+    second[0, 0], second[1, 1] = 255, (30, 0, 0)
+    colours = np.asarray(error_map(Image.fromarray(first), Image.fromarray(second)).convert("RGB")).astype(int)
+    assert colours[3, 3].sum() < 10
+    assert colours[0, 0].sum() > 600
+    assert colours[3, 3].sum() < colours[1, 1].sum() < colours[0, 0].sum()
+
+
+def test_an_evaluation_without_extras_still_has_a_report(evaluation: Path) -> None:
+    metrics = json.loads((evaluation / "metrics.json").read_text())
+    for name in ("tolerance", "training", "classes", "extremes", "codebooks", "throughput", "round_trip", "won_back"):
+        metrics.pop(name)
+    (evaluation / "metrics.json").write_text(json.dumps(metrics))
+    page = Page(write_report(evaluation).read_text())
+    assert "Quantization costs 4.00 dB" in page.text
+    assert "How much error" not in page.text
+    assert not (evaluation / "tolerance.png").exists()
 
 
 def test_a_value_a_hair_below_zero_is_shown_without_a_minus() -> None:

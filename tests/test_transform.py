@@ -15,10 +15,13 @@ from revq.models.transform import (
     Covariance,
     LatentTransform,
     allocate_axes,
-    fit_rotation,
+    blank_transform,
+    fit_axes,
     scale_from_sensitivity,
+    spatial_block,
     standard_deviation,
     stationary_part,
+    water_level,
 )
 
 SHAPE = (4, 3, 2)
@@ -38,7 +41,7 @@ def full_transform(tokens: int = 6) -> LatentTransform:
     )
     covariance = Covariance(SHAPE)
     covariance.add(plain.standardize(latents) * plain.scale)
-    return LatentTransform(mean=plain.mean, std=plain.std, scale=plain.scale, tokens=tokens, rotation=fit_rotation(covariance.shrunk(), tokens))
+    return LatentTransform(mean=plain.mean, std=plain.std, scale=plain.scale, tokens=tokens, axes=fit_axes(covariance.shrunk(), tokens, bits=96)[0])
 
 
 def test_the_inverse_gives_the_latent_back() -> None:
@@ -70,17 +73,128 @@ def test_pca_coordinates_are_uncorrelated_and_tokens_share_the_variance_fairly()
     assert float(products.max() - products.min()) < 0.2 * float(in_order.max() - in_order.min())
 
 
-def test_a_rotation_keeps_squared_error_the_same() -> None:
+def test_axes_without_a_metric_keep_squared_error_the_same() -> None:
     transform = full_transform()
-    assert transform.rotation is not None
-    assert torch.allclose(transform.rotation @ transform.rotation.T, torch.eye(24), atol=1e-5)
+    assert transform.axes is not None
+    assert torch.allclose(transform.axes @ transform.axes.T, torch.eye(24), atol=1e-5)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 6), st.integers(0, 10_000))
 def test_axes_are_dealt_out_each_once(tokens: int, dims: int, seed: int) -> None:
     variances = torch.rand(tokens * dims, generator=torch.Generator().manual_seed(seed)).tolist()
-    assert sorted(allocate_axes(variances, tokens)) == list(range(tokens * dims))
+    assert sorted(allocate_axes(variances, tokens, bits=2.0 * tokens)) == list(range(tokens * dims))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40), st.floats(0.5, 200))
+def test_at_the_water_level_the_axes_take_all_bits(variances: list[float], bits: float) -> None:
+    level = water_level(variances, bits)
+    assert sum(max(0.0, math.log2(value) - level) / 2 for value in variances) == pytest.approx(bits, rel=1e-6)
+
+
+def test_axes_too_small_for_a_bit_do_not_make_room_for_more_large_ones_in_a_token() -> None:
+    variances = [64.0, 64.0, 8.0, 8.0, 1e-3, 1e-12, 1e-3, 1e-12]
+    order = allocate_axes(variances, 2, bits=8)
+    needs = [sum(math.log2(max(1.0, variances[axis] / 4)) for axis in run) for run in (order[:4], order[4:])]
+    assert needs[0] == pytest.approx(needs[1])
+
+
+def test_latents_that_never_vary_still_get_an_orthogonal_rotation() -> None:
+    rotation, _ = fit_axes(torch.zeros(24, 24, dtype=torch.float64), 6, bits=24)
+    assert torch.allclose(rotation @ rotation.T, torch.eye(24), atol=1e-6)
+
+
+def test_a_singular_covariance_gives_an_orthogonal_rotation_with_its_axes_first_in_the_tokens() -> None:
+    vectors = torch.randn(24, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    covariance = vectors @ vectors.T
+    rotation = fit_axes(covariance, 6, bits=24)[0].double()
+    assert torch.allclose(rotation @ rotation.T, torch.eye(24, dtype=torch.float64), atol=1e-5)
+    variances = (rotation @ covariance @ rotation.T).diagonal().reshape(6, 4)
+    assert int((variances > 1e-6 * variances.max()).sum(1).max()) == 1
+
+
+BIG = (4, 6, 8)
+
+
+def blocks_transform(monkeypatch: pytest.MonkeyPatch, tokens: int = 24) -> LatentTransform:
+    """A transform of P = 192 in two blocks of (4,6,4), with axes that are not orthogonal."""
+    monkeypatch.setattr("revq.models.transform.MAX_DENSE_POSITIONS", 100)
+    generator = torch.Generator().manual_seed(3)
+    transform = blank_transform(BIG, tokens, "decoder")
+    assert transform.axes is not None
+    axes = torch.stack([torch.eye(len(matrix)) + 0.03 * torch.randn(*matrix.shape, generator=generator) for matrix in transform.axes])
+    scale, mean = (torch.rand(BIG, generator=generator) + 0.5 for _ in range(2))
+    values = {"mean": mean, "std": torch.full(BIG, 2.0), "scale": scale, "axes": axes, "inverse_axes": torch.linalg.inv(axes)}
+    transform.load_state_dict(values)
+    return transform
+
+
+def test_in_a_metric_squared_error_of_coordinates_is_the_metrics() -> None:
+    generator = torch.Generator().manual_seed(8)
+    mixing = torch.randn(24, 24, generator=generator, dtype=torch.float64) / 20 + torch.eye(24)
+    metric = mixing @ mixing.T
+    covariance = torch.cov(correlated_latents(2000).flatten(1).T.double())
+    axes, inverse = fit_axes(covariance, 6, 96, metric)
+    assert inverse is not None
+    transform = LatentTransform(mean=torch.zeros(SHAPE), std=torch.ones(SHAPE), tokens=6, axes=axes, inverse_axes=inverse)
+    first, second = torch.randn(2, 7, *SHAPE, generator=generator)
+    error = (first - second).flatten(1).double()
+    expected = torch.einsum("bp,pq,bq->b", error, metric, error)
+    assert torch.allclose((transform(first) - transform(second)).square().sum((1, 2)).double(), expected, rtol=1e-4)
+    assert torch.allclose(transform.inverse(transform(first)), first, atol=1e-4)
+    spread = axes.double() @ covariance @ axes.T.double()
+    assert float((spread - torch.diag(spread.diagonal())).abs().max()) < 1e-4 * float(spread.diagonal().max())
+
+
+def test_a_metric_with_eigenvalues_below_zero_still_gives_axes_that_can_be_undone() -> None:
+    metric = 0.5 * torch.eye(24, dtype=torch.float64) + 0.5 - 0.6 * torch.diag(torch.tensor([1.0] + [0.0] * 23, dtype=torch.float64))
+    assert float(torch.linalg.eigvalsh(metric).min()) < 0
+    axes, inverse = fit_axes(torch.eye(24, dtype=torch.float64), 6, 24, metric)
+    assert inverse is not None
+    assert torch.allclose(axes @ inverse, torch.eye(24), atol=1e-4)
+
+
+def test_with_spatial_blocks_there_and_back_is_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = blocks_transform(monkeypatch)
+    latents = torch.randn(5, *BIG, generator=torch.Generator().manual_seed(4))
+    assert transform.axes is not None
+    assert transform.axes.shape == (2, 96, 96)
+    assert torch.allclose(transform.inverse(transform(latents)), latents, atol=1e-5)
+    coordinates = torch.randn(5, 24, 8, generator=torch.Generator().manual_seed(5))
+    assert torch.allclose(transform(transform.inverse(coordinates)), coordinates, atol=1e-5)
+
+
+def test_with_spatial_blocks_some_tokens_alone_are_a_part_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = blocks_transform(monkeypatch)
+    standardised = torch.randn(3, *BIG, generator=torch.Generator().manual_seed(6))
+    whole = transform.to_coordinates(standardised)
+    for first, last in ((0, 24), (0, 12), (12, 24), (10, 14), (3, 4), (12, 13), (11, 12)):
+        assert torch.equal(transform.to_coordinates(standardised, first, last), whole[:, first:last])
+
+
+def test_a_token_of_a_spatial_block_sees_that_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = blocks_transform(monkeypatch)
+    latents = torch.randn(1, *BIG, generator=torch.Generator().manual_seed(7))
+    moved = latents.clone()
+    moved[:, :, 0, 0] += 1
+    changed = (transform(moved) - transform(latents)).abs().amax(2)[0] > 1e-6
+    assert changed[:12].any()
+    assert not changed[12:].any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "block"),
+    [((32, 8, 8), 512, (8, 8)), ((8, 32, 32), 512, (16, 32)), ((8, 32, 32), 4, (16, 32)), ((4, 64, 64), 1024, (32, 32)), ((32, 24, 24), 9, (8, 8))],
+    ids=str,
+)
+def test_blocks_are_the_largest_that_share_the_tokens_evenly(shape: tuple[int, int, int], tokens: int, block: tuple[int, int]) -> None:
+    assert spatial_block(shape, tokens) == block
+
+
+def test_latents_that_no_blocks_suit_are_refused_with_what_to_do() -> None:
+    with pytest.raises(CodebookError, match=r"8x32x32 cannot be cut into blocks .* share 1 tokens evenly; use --transform standardize"):
+        spatial_block((8, 32, 32), 1)
 
 
 def test_a_covariance_of_batches_equals_that_of_all_at_once_and_many_samples_are_hardly_shrunk() -> None:

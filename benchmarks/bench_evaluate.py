@@ -1,0 +1,140 @@
+"""What an evaluation costs over the bare arithmetic of its networks, and how long a default one takes. Ratios come from this one run.
+
+    python benchmarks/bench_evaluate.py [--images 128] [--repeats 3]
+
+On the embedded VAE and photographs with a tokenizer of random codes and an Inception of random weights in torch-fidelity's file format, so it
+runs anywhere. The bare sum for one batch: one encode, three decodes, the rectifier, and four Inception forwards, on tensors that lie ready. The
+evaluation does that and all else: it loads and crops files, searches codes, scores, adds up moments. Bare and whole runs alternate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from revq.models.device import pick_device
+from revq.models.tokenizer import TOKENIZER_KIND, ReVQTokenizer
+from revq.models.vae import FrozenVAE
+from revq.stages.evaluate import EvaluateConfig, evaluate
+from revq.stages.events import Advance, Begin
+from revq.stages.networks import Inception
+
+VAE, IMAGE_SIZE, BATCH, TOKENS, CODES = "revq-tiny-f8c8", 128, 32, 256, 256
+IMAGES = "photographs:train"
+
+
+class UntrainedInception(FeatureExtractorInceptionV3):
+    """torch-fidelity's network before any weights: its constructor loads them, so loading does nothing here."""
+
+    def load_state_dict(self, *_: object, **__: object) -> None:  # type: ignore[override]
+        return None
+
+
+def save_inception(path: Path) -> Path:
+    """torch-fidelity's file format around random weights: as slow as the published ones."""
+    torch.save({}, path)
+    torch.save(UntrainedInception("inception-v3-compat", ["2048"], str(path)).state_dict(), path)
+    return path
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """256 tokens of 256 random codes, and a rectifier of the demo's size."""
+    vae = FrozenVAE.load(VAE)
+    config: dict[str, Any] = {"kind": TOKENIZER_KIND, "format_version": 1, "tokens": TOKENS, "codes": CODES, "transform": "standardize"}
+    rectifier = {"channels": 8, "width": 64, "depth": 2, "block": "conv"}
+    config |= {"rotated": False, "latent_shape": [8, 16, 16], "image_size": IMAGE_SIZE, "rectifier": rectifier, "vae": vae.identity()}
+    tokenizer = ReVQTokenizer(config)
+    torch.nn.init.normal_(tokenizer.quantizer.codebooks)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def bare_seconds(tokenizer: ReVQTokenizer, inception: Inception | None, batches: int) -> float:
+    """Seconds for the networks alone over so many batches."""
+    device = tokenizer.device
+    images = torch.randint(0, 256, (BATCH, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
+    signed, latents = images.float() / 127.5 - 1, torch.randn(BATCH, 8, 16, 16, device=device)
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(batches):
+        tokenizer.vae.encode(signed)
+        assert tokenizer.rectifier is not None
+        tokenizer.rectifier(latents)
+        for _ in range(3):
+            tokenizer.vae.decode(latents)
+        if inception:
+            for _ in range(4):
+                inception.features(images)
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def whole_seconds(config: EvaluateConfig) -> tuple[float, float]:
+    """Seconds of the pass over the images, from its first image to its last, and of the whole evaluation."""
+    marks: dict[str, float] = {}
+    started = time.perf_counter()
+    for event in evaluate(config):
+        if isinstance(event, Begin) and event.task == "evaluate":
+            marks["begin"] = time.perf_counter()
+        if isinstance(event, Advance):
+            marks["end"] = time.perf_counter()
+    return marks["end"] - marks["begin"], time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--no-inception", action="store_true", help="leave rFID out, as where its weights are missing")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    batches = args.images // BATCH
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["TORCH_HOME"] = str(folder)
+        path = None if args.no_inception else save_inception(folder / "inception.pth")
+        tokenizer = ReVQTokenizer.from_pretrained(save_tokenizer(folder / "tokenizer"), device=device)
+        inception = Inception(path, device) if path else None
+        settings: dict[str, Any] = {"tokenizer": str(folder / "tokenizer"), "images": IMAGES, "limit": batches * BATCH, "batch_size": BATCH}
+        settings |= {"workers": args.workers, "inception_weights": str(path) if path else None, "tolerance_images": 0, "download": False}
+        bare_seconds(tokenizer, inception, 1)
+        pairs = []
+        for repeat in range(args.repeats):
+            config = EvaluateConfig(**settings, out=str(folder / f"out-{repeat}"), cache="off", device=str(device))
+            pairs.append((bare_seconds(tokenizer, inception, batches), *whole_seconds(config)))
+        cached = EvaluateConfig(**settings, out=str(folder / "cached-0"), cache=str(folder / "cache"), device=str(device))
+        whole_seconds(cached)
+        again, _ = whole_seconds(EvaluateConfig(**settings, out=str(folder / "cached-1"), cache=str(folder / "cache"), device=str(device)))
+    count = batches * BATCH
+    rows = [
+        ("networks alone", f"{statistics.median(count / bare for bare, _, _ in pairs):.1f} images/s"),
+        ("evaluate, from the first image to the last", f"{statistics.median(count / whole for _, whole, _ in pairs):.1f} images/s"),
+        ("  ratio (aim: at least 0.9)", f"{statistics.median(bare / whole for bare, whole, _ in pairs):.2f}"),
+        ("the same with the originals' features from the cache", f"{count / again:.1f} images/s"),
+        (f"all of an evaluation of {count} images, without tolerance", f"{statistics.median(total for _, _, total in pairs):.0f} s"),
+    ]
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()}-core CPU ({platform.machine()})"
+    print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads, {'no Inception' if args.no_inception else 'with Inception'}\n")
+    width = max(len(label) for label, _ in rows)
+    print("\n".join(f"{label:<{width}}  {value:>14}" for label, value in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Several evaluations side by side: one table, and what stands between their numbers and a fair comparison.
+
+Command: revq compare EVALUATION... [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, OutputError
+from ..files import claim_output, read_json, write_bytes
+from ..stages.events import Event, Note, Result
+from .report import COLUMNS, METRICS_NAME, headline_table, markdown_table, metric_text, number
+
+COMPARISON_KIND = "revq-comparison"
+_ALIKE = {
+    "protocol": ("protocol", "name"),
+    "image size": ("protocol", "image_size"),
+    "images": ("fingerprints", "images"),
+    "weights of rfid": ("protocol", "weights", "rfid", "sha256"),
+    "weights of lpips_alex": ("protocol", "weights", "lpips_alex", "sha256"),
+    "weights of lpips_vgg": ("protocol", "weights", "lpips_vgg", "sha256"),
+    "decoder precision": ("protocol", "precision"),
+}
+
+
+def compare(evaluations: Sequence[str], *, out: str | None = None) -> Iterator[Event]:
+    """Put finished evaluations side by side; with `out`, write compare.html and compare.md there.
+
+    Raises:
+        ConfigError: fewer than two evaluations.
+        OutputError: one of them is not finished, or `out` holds something else or cannot be written.
+    """
+    names = list(dict.fromkeys(evaluations))
+    if len(names) < 2:
+        raise ConfigError(f"a comparison needs at least two evaluations, and there is {len(names)}; give the folders of revq evaluate")
+    found = {name: _read(name) for name in names}
+    names = short_names(names)
+    table, differences = comparison_table(list(found.values()), names), unlike(list(found.values()), names)
+    for text in differences:
+        yield Note(text=text, warning=True)
+    value: dict[str, Any] = {"table": table, "differences": differences, "evaluations": {name: _values(each) for name, each in found.items()}}
+    if out is not None:
+        value["report"] = str(_write(Path(out), table, differences))
+    yield Result(value=value)
+
+
+def _read(name: str) -> dict[str, Any]:
+    metrics = read_json(Path(name).expanduser() / METRICS_NAME)
+    if metrics is None or "rows" not in metrics:
+        raise OutputError(f"{name} holds no finished evaluation ({METRICS_NAME} is missing or is none); give the folder of a finished revq evaluate")
+    return metrics
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The paths without what they have in common at either end, so that a column stays narrow."""
+    parts = [Path(path).parts for path in paths]
+    shortest = min(map(len, parts))
+    start = next((i for i in range(shortest) if len({part[i] for part in parts}) > 1), shortest - 1)
+    end = next((i for i in range(shortest - start) if len({part[-1 - i] for part in parts}) > 1), 0)
+    names = ["/".join(part[start : len(part) - end]) for part in parts]
+    return names if all(names) and len(set(names)) == len(names) else list(paths)
+
+
+def comparison_table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[str]]:
+    """Rows of text, the heading first: every evaluation's rectified row, with the ceiling that its VAE sets beside it."""
+    columns = [name for name in COLUMNS if any(each["rows"]["rectified"].get(name) is not None for each in evaluations)]
+    labels = {str(each.get("rfid_label")) for each in evaluations}
+    titles = dict(zip(COLUMNS, headline_table(_with_all(evaluations[0]))[0][1:], strict=True))
+    titles["rfid"] = f"{labels.pop()} ↓" if len(labels) == 1 else "rFID@n ↓"
+    head = ["tokenizer", "tokens", "codes", "bits", "bits/px", *(titles[name] for name in columns), "VAE PSNR", "won back", "used codes"]
+    table = [head]
+    for name, each in zip(names, evaluations, strict=True):
+        row, usage = each["rows"]["rectified"], each["codebook_usage"]
+        won = (each.get("won_back") or {}).get("psnr_db")
+        values = [metric_text(row, column) + (f" ({each['rfid_label']})" if column == "rfid" and labels else "") for column in columns]
+        sizes = [f"{each['tokens_per_image']:,}", f"{usage['codes']:,}", f"{each['bits_per_image']:,.0f}", f"{each['bits_per_pixel']:.3f}"]
+        more = [number(each["rows"]["vae"]["psnr_db"], 2), "–" if won is None else f"{won:.0%}", f"{usage['usage']['median']:.0%}"]
+        table.append([name, *sizes, *values, *more])
+    return table
+
+
+def unlike(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """What differs between the evaluations that their numbers depend on, one sentence each."""
+    sentences = []
+    for title, path in _ALIKE.items():
+        values = [_at(each, path) for each in evaluations]
+        if len(set(values)) > 1:
+            told = ", ".join(f"{name}: {_short(value)}" for name, value in zip(names, values, strict=True))
+            sentences.append(f"not comparable: {title} differ ({told})")
+    return sentences
+
+
+def _with_all(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics with a value in every column, so that every column has a heading."""
+    return {**metrics, "rows": {"rectified": {name: metrics["rows"]["rectified"].get(name) or 0.0 for name in COLUMNS}}}
+
+
+def _at(value: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _short(value: Any) -> str:
+    return "none" if value is None else str(value)[:16]
+
+
+def _values(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("images", "rfid_label", "rows", "won_back", "tokens_per_image", "bits_per_image", "bits_per_pixel", "codebook_usage", "fingerprints")
+    return {name: metrics.get(name) for name in names}
+
+
+def _write(out: Path, table: Sequence[Sequence[str]], differences: Sequence[str]) -> Path:
+    """compare.md and compare.html in `out`; returns the path of the latter."""
+    from .page import comparison_page
+
+    claim_output(out, kind=COMPARISON_KIND, identity={})
+    lines = ["# Tokenizers compared", "", *markdown_table(table), "", *(f"- {text}" for text in differences)]
+    write_bytes(out / "compare.md", ("\n".join(lines).rstrip() + "\n").encode())
+    write_bytes(out / "compare.html", comparison_page(table, differences).encode())
+    return out / "compare.html"

@@ -1,0 +1,181 @@
+"""The trained networks behind rFID, the inception score and LPIPS: loading them, running them in full float32, and keeping the originals' features.
+
+Shapes: B batch, S image side in pixels. Images are uint8 (B,3,S,S) RGB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+from ..errors import ConfigError
+from ..files import write_bytes
+
+FEATURES = 2048
+CLASSES = 1008
+_LPIPS_AT_ONCE = 16  # VGG's first features of 64 images of 256 px would be gigabytes
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Convolutions in full float32: cuDNN takes TF32 by default, so that the same pictures would score differently on another device."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+def precision_flags() -> dict[str, Any]:
+    """The switches of torch that change the last digits, as `full_float32` finds them."""
+    return {
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_allow_tf32": "switched off while measuring",
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+class Inception:
+    """torch-fidelity's Inception: uint8 (B,3,S,S) -> features (B,2048) float32, and from those the logits of the inception score."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        """Load the weights at `path`.
+
+        Raises:
+            ConfigError: the file cannot be read or holds another network's weights.
+        """
+        _read_weights(path, "Inception")
+        self.device = device
+        try:
+            network = FeatureExtractorInceptionV3("inception-v3-compat", [str(FEATURES)], str(path))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{path} does not fit torch-fidelity's Inception network ({_one_line(error)}); it must be weights-inception-2015-12-05-6726825d.pth"
+            ) from error
+        self.network: nn.Module = network.to(device)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 (B,3,S,S) -> pooled features (B,2048) float32."""
+        with full_float32(self.device):
+            features: Tensor = self.network(images)[0]
+        return features
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """Pooled features (B,2048) -> logits without bias (B,1008), torch-fidelity's choice for the inception score."""
+        return features @ self.network.fc.weight.T  # type: ignore[union-attr, operator]
+
+
+class Lpips:
+    """LPIPS version 0.1 over a trained trunk, by torchmetrics' network; the reference's features are computed once for all rows."""
+
+    def __init__(self, trunk: Literal["alex", "vgg"], path: Path, device: torch.device) -> None:
+        """Load the trunk "alex" or "vgg".
+
+        Args:
+            path: the trunk's weights in the torch hub cache, from where torchvision reads them.
+
+        Raises:
+            ConfigError: the file cannot be read or holds another network's weights.
+        """
+        title = {"alex": "AlexNet", "vgg": "VGG16"}[trunk]
+        _read_weights(path, title)
+        try:
+            network: Any = LearnedPerceptualImagePatchSimilarity(net_type=trunk).net
+        except RuntimeError as error:
+            raise ConfigError(f"{path} does not fit torchvision's {title} ({_one_line(error)}); replace it by the published {path.name}") from error
+        self.device = device
+        self.network = network.to(device)
+
+    @torch.no_grad()
+    def distances(self, rows: Sequence[Tensor], reference: Tensor) -> list[Tensor]:
+        """Each row's distance (B,) from the reference; images uint8 (B,3,S,S)."""
+        parts = range(0, len(reference), _LPIPS_AT_ONCE)
+        found = [self._distances([row[i : i + _LPIPS_AT_ONCE] for row in rows], reference[i : i + _LPIPS_AT_ONCE]) for i in parts]
+        return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
+
+    def _distances(self, rows: Sequence[Tensor], reference: Tensor) -> list[Tensor]:
+        with full_float32(self.device):
+            theirs = self._trunk(reference)
+            return [self._distance(self._trunk(row), theirs) for row in rows]
+
+    def _trunk(self, images: Tensor) -> list[Tensor]:
+        """Features of every layer, each of length 1 along its channels."""
+        features = self.network.net(self.network.scaling_layer(images.float() / 127.5 - 1))
+        return [layer / torch.sqrt(1e-8 + layer.square().sum(1, keepdim=True)) for layer in features]
+
+    def _distance(self, ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+        layers = zip(self.network.lins, ours, theirs, strict=True)
+        return torch.stack([weigh((a - b).square()).mean((1, 2, 3)) for weigh, a, b in layers]).sum(0)
+
+
+class FeatureCache:
+    """Inception features of original crops on disk, by the fingerprint of the crops themselves: they can be missing, but never wrong.
+
+    A file holds one batch, so another batch size finds nothing. Where the folder cannot be written, nothing is kept.
+    """
+
+    def __init__(self, folder: Path, weights_sha256: str) -> None:
+        self.folder = folder
+        self.weights_sha256 = weights_sha256
+        self.reused = 0
+        self.writable = True
+
+    def features(self, inception: Inception, images: Tensor, digests: Sequence[bytes]) -> Tensor:
+        """Features (B,2048) of `images`, whose SHA-256 are `digests`: from disk, or computed and kept."""
+        network = f"{self.weights_sha256} {inception.device.type} torch {torch.__version__}"
+        key = hashlib.sha256(network.encode() + b"".join(digests)).hexdigest()
+        path = self.folder / key[:2] / f"{key}.safetensors"
+        try:
+            found = load_file(path)["features"]
+            self.reused += len(found)
+            return found.to(inception.device)
+        except Exception:  # not there, or cut off by a full disk: both mean that it is computed
+            features = inception.features(images)
+        if self.writable:
+            try:
+                write_bytes(path, save({"features": features.cpu()}))
+            except Exception:  # a cache that cannot be written is no reason to stop
+                self.writable = False
+        return features
+
+
+def cache_folder(given: str | None) -> Path | None:
+    """Where the originals' features are kept: `given`, else the user's cache folder; None where `given` is "off"."""
+    if given == "off":
+        return None
+    if given is not None:
+        return Path(given).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "revq" / "inception-features"
+
+
+def _read_weights(path: Path, title: str) -> None:
+    """Check that `path` is a checkpoint of tensors alone, before a library unpickles it without that restriction."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise ConfigError(
+            f"the {title} weights in {path} cannot be read ({_one_line(error)}); delete the file, so that it is fetched anew"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise ConfigError(f"{path} holds no {title} weights but a {type(state).__name__}; give the published checkpoint")
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0][:160] if lines else type(error).__name__
