@@ -32,7 +32,6 @@ def build_tokenizer(config: TrainRectifierConfig, inputs: Inputs, state: TrainSt
             "resize_filter": encoding.resize_filter,
             "crop": encoding.crop,
             "transform": fitted.identity["transform"],
-            "rotated": fitted.transform.rotation is not None,
             "rectifier": state.rectifier.settings if config.width else None,
             "vae": encoding.vae,
             "store_fingerprint": inputs.store.fingerprint,

@@ -52,7 +52,6 @@ def make_tokenizer(vae: FrozenVAE, images: Tensor, folder: Path) -> Path:
         "tokens": TOKENS,
         "codes": CODES,
         "transform": "standardize",
-        "rotated": False,
         "latent_shape": list(latents.shape[1:]),
         "image_size": SIZE,
         "rectifier": {"channels": latents.shape[1], "width": 32, "depth": 1, "block": "conv"},
