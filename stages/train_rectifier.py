@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..cache.batches import ResidentLatents
 from ..cache.store import LatentStore
-from ..errors import ConfigError, OutputError, TrainingError
+from ..errors import ConfigError, OutputError
 from ..files import claim_output, read_json, sha256_file
 from ..models.codebooks import CODEBOOKS_NAME, load_codebooks
 from ..models.quantizer import code_counts, reset_unused, usage
@@ -43,7 +43,7 @@ from .events import Advance, Begin, Event, Note, Result
 from .network import COMPILE, RectifierNetwork, open_network
 from .objectives import PictureLoss, latent_loss
 from .schedules import SCHEDULES, decay, first_phase_factor, last_phase_factor
-from .train_state import TrainState, new_state, note_best, stop_early
+from .train_state import TrainState, mean_loss, new_state, note_best, refuse_bad_steps, stop_early, watch_for_bad_steps
 from .trained_tokenizer import build_tokenizer, result, save_tokenizer
 from .training_data import LATENTS, FrozenTable, Inputs, open_inputs, quantize_once
 from .training_log import TrainingLog, require_wandb
@@ -200,7 +200,7 @@ def _loop(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: 
     logged_at, logged_when, live = state.step, time.perf_counter(), dict[str, float]()
     while True:
         if state.done or state.step % due == 0 or state.step == state.first_steps:
-            _refuse_bad_steps(state)
+            refuse_bad_steps(state)
             if not state.history or state.history[-1]["step"] < state.step:
                 yield from _evaluate(config, inputs, state, run, live, out)
             yield Advance(done=state.step, values={**_shown(state.history[-1]), **live})
@@ -209,9 +209,9 @@ def _loop(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: 
             return
         _step(config, inputs, state, run)
         if state.step % _LOG_EVERY == 0:
-            _refuse_bad_steps(state)
+            refuse_bad_steps(state)
             images = (state.step - logged_at) * (config.finish_batch_size if state.finishing else config.batch_size)
-            live = {"loss": _mean_loss(state), "images/s": images / max(1e-9, time.perf_counter() - logged_when)}
+            live = {"loss": mean_loss(state), "images/s": images / max(1e-9, time.perf_counter() - logged_when)}
             logged_at, logged_when = state.step, time.perf_counter()
             yield Advance(done=state.step, values={**_shown(state.history[-1]), **live})
 
@@ -264,38 +264,12 @@ def _update(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, los
         ranks.sum_tensors(codebooks.grad).div_(ranks.world_size())
     norm = torch.nn.utils.clip_grad_norm_(state.rectifier.parameters(), 1.0)
     shared = ranks.sum_tensors(loss.detach().clone()).div_(ranks.world_size())
-    _watch_for_bad_steps(state, shared, norm.to(shared.device))
+    watch_for_bad_steps(state, shared, norm.to(shared.device))
     state.optimizer.step()
     state.step += 1
     update_average(state.average, state.rectifier, config.ema, state.step)
     if not frozen and state.step % inputs.steps_per_epoch(config.batch_size) == 0:
         _reset_unused(state, config.seed)
-
-
-def _watch_for_bad_steps(state: TrainState, loss: Tensor, norm: Tensor) -> None:
-    """Note on the device the first step that is not finite. From there on the fused optimizer leaves every weight as it is.
-
-    `found_inf` is what torch.amp.GradScaler gives it for this purpose; asking the loss itself would wait for the device at each step.
-    """
-    bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-    here = torch.full_like(state.bad_step, state.step)  # made on the device: a copy from the host would wait
-    state.bad_step = torch.where((state.bad_step < 0) & bad, here, state.bad_step)
-    state.loss_sum += loss
-    state.optimizer.found_inf = (state.bad_step >= 0).float()  # type: ignore[attr-defined]
-
-
-def _refuse_bad_steps(state: TrainState) -> None:
-    """Raise TrainingError, naming the step, where one was not finite."""
-    step = int(state.bad_step)
-    if step >= 0:
-        raise TrainingError(
-            f"the loss or its gradient is not finite at step {step}; nothing was written over: try a lower --lr, or --precision fp32, in a new folder"
-        )
-
-
-def _mean_loss(state: TrainState) -> float:
-    """Of the steps since the last evaluation."""
-    return float(state.loss_sum) / max(1, state.step - int(state.history[-1]["step"]))
 
 
 @torch.no_grad()
@@ -319,7 +293,7 @@ def _evaluate(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, r
     figures = validate(inputs, state, run.val, run.pictures if finishing else None)
     row: dict[str, Any] = {"step": state.step, "lr": _learning_rate(config, state), **figures, "codebook_usage": codebook_usage(state)}
     if state.history:
-        row |= {"train_loss": _mean_loss(state), **({"images_per_s": live["images/s"]} if live else {})}
+        row |= {"train_loss": mean_loss(state), **({"images_per_s": live["images/s"]} if live else {})}
     if inputs.device.type == "cuda":
         row["device_memory_gib"] = torch.cuda.max_memory_allocated(inputs.device) / 2**30
     if config.previews and config.width and ranks.rank() == 0:

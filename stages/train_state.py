@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import MismatchError
+from ..errors import MismatchError, TrainingError
 from ..models.quantizer import MultiGroupQuantizer
 from ..models.rectifier import Rectifier
 from . import ranks
@@ -133,3 +133,29 @@ def stop_early(state: TrainState, finishing: bool, patience: int | None) -> str:
     else:
         state.first_steps, state.total_steps = state.step, state.step + state.planned[1] - state.planned[0]
     return f"no better since step {state.best['step']:.0f}: the {'last' if finishing else 'first'} phase ends at step {state.step}"
+
+
+def watch_for_bad_steps(state: TrainState, loss: Tensor, norm: Tensor) -> None:
+    """Note on the device the first step that is not finite. From there on the fused optimizer leaves every weight as it is.
+
+    `found_inf` is what torch.amp.GradScaler gives it for this purpose; asking the loss itself would wait for the device at each step.
+    """
+    bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+    here = torch.full_like(state.bad_step, state.step)  # made on the device: a copy from the host would wait
+    state.bad_step = torch.where((state.bad_step < 0) & bad, here, state.bad_step)
+    state.loss_sum += loss
+    state.optimizer.found_inf = (state.bad_step >= 0).float()  # type: ignore[attr-defined]
+
+
+def refuse_bad_steps(state: TrainState) -> None:
+    """Raise TrainingError, naming the step, where one was not finite."""
+    step = int(state.bad_step)
+    if step >= 0:
+        raise TrainingError(
+            f"the loss or its gradient is not finite at step {step}; nothing was written over: try a lower --lr, or --precision fp32, in a new folder"
+        )
+
+
+def mean_loss(state: TrainState) -> float:
+    """Of the steps since the last evaluation."""
+    return float(state.loss_sum) / max(1, state.step - int(state.history[-1]["step"]))

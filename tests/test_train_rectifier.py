@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -259,11 +260,13 @@ def test_from_a_step_that_is_not_finite_on_no_weight_changes(small_store: Path, 
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails on every operation whose result the host must wait for."""
+    """Fails on every operation whose result the host must wait for, but in the search by product: on CUDA the fused one takes its place."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(function)
-        assert not name.startswith(("aten._local_scalar_dense", "aten.equal", "aten.nonzero")), f"{name} waits for the device"
+        if name.startswith(("aten._local_scalar_dense", "aten.equal", "aten.nonzero")):
+            searching = any(frame.name == "_nearest_by_product" for frame in traceback.extract_stack())
+            assert searching, f"{name} waits for the device"
         return function(*args, **(kwargs or {}))
 
 
@@ -311,6 +314,10 @@ def test_a_run_that_gets_no_better_stops_early_with_its_best_weights(small_store
     assert len(metrics["step"]) == best + 3
     assert metrics["step"][-1] < 40
     assert events[-1].value["val_mse_rectified"] == metrics["val_mse_rectified"][best]
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "best.pt", weights_only=True)
+    rectifier = ReVQTokenizer.from_pretrained(tmp_path / "run" / "tokenizer").rectifier
+    assert rectifier is not None
+    assert all(torch.equal(tensor, checkpoint["average"][name]) for name, tensor in rectifier.state_dict().items())
     rerun = run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", **settings)))
     assert rerun == events[-1].value
 
