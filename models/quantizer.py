@@ -1,4 +1,4 @@
-"""Multi-group quantizer: one codebook for each token position, how its codes are used, and how they train beside a rectifier.
+"""Multi-group quantizer: one codebook for each token position, how its codes are used, and how unused ones come back.
 
 Shapes: B batch, T tokens, D dims per token, K codes per codebook.
 """
@@ -82,21 +82,3 @@ def reset_unused(codebooks: Tensor, counts: Tensor, *, seed: int, share: float =
         codebooks[token, unused] = codebooks[token, most_used] + shift.to(codebooks)
         moved += len(unused)
     return moved
-
-
-@torch.no_grad()
-def online_update(codebooks: Tensor, weights: Tensor, coordinates: Tensor, indices: Tensor, decay: float) -> None:
-    """One step of online k-means, in place: each code becomes the mean of the points that chose it so far, older ones counting less.
-
-    Args:
-        codebooks: (T,K,D), changed in place.
-        weights: (T,K) float, how many points each code stands for by now, changed in place; zeros before the first step, or the counts of a fit.
-        coordinates: (B,T,D) of the batch.
-        indices: (B,T) its nearest codes.
-        decay: what is left of older points' weight after one step; 1 forgets nothing (MacQueen 1967).
-    """
-    codes, dims = codebooks.shape[1:]
-    counts = code_counts(indices, codes).to(weights)
-    sums = torch.zeros_like(codebooks).scatter_add_(1, indices.T.unsqueeze(2).expand(-1, -1, dims), coordinates.transpose(0, 1))
-    weights.mul_(decay).add_(counts)
-    codebooks += (sums - counts.unsqueeze(2) * codebooks) / weights.clamp_min(1e-12).unsqueeze(2)

@@ -31,9 +31,7 @@ def run(plan: Plan, *, overwrite: bool = False) -> Iterator[Event]:
         OutputError: the folder holds something else, or (without `overwrite`) a stage made with other settings.
         RevqError: see the stages.
     """
-    if ranks.rank() == 0:
-        claim_output(plan.out, kind=RUN_KIND, identity={})
-    ranks.barrier()
+    ranks.on_first(lambda: claim_output(plan.out, kind=RUN_KIND, identity={}))
     steps: list[tuple[str, Callable[[Any], Iterator[Event]], Any]] = [
         ("encode-latents train", encode_latents, plan.encode_train),
         ("encode-latents val", encode_latents, plan.encode_val),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..cache.batches import ResidentLatents, spread_rows
 from ..cache.store import LatentSplit, LatentStore
-from ..errors import CodebookError, ConfigError, OutputError
+from ..errors import CodebookError, ConfigError
 from ..files import claim_output, write_bytes
 from ..models.codebooks import CODEBOOKS_KIND, CODEBOOKS_NAME, Codebooks, check_finite, load_codebooks, save_codebooks
 from ..models.device import pick_device
@@ -126,7 +126,7 @@ def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
     vae = FrozenVAE.load_recorded(store.encoding.vae, spec=config.vae, device=device) if config.transform == "decoder" else None
     out = Path(config.out)
     identity = config.identity(store)
-    _claim(out, identity, config.overwrite)
+    ranks.on_first(lambda: claim_output(out, kind=CODEBOOKS_KIND, identity=identity, overwrite=config.overwrite))
     if ranks.broadcast((out / CODEBOOKS_NAME).exists()):
         yield Note(text=f"{out} is complete already")
         yield Result(value=_result(config, load_codebooks(out), mse=None, latents=len(rows), seconds=0.0))
@@ -148,19 +148,6 @@ def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
         yield from _note_on_dead_codes(counts)
     ranks.barrier()
     yield Result(value=_result(config, load_codebooks(out), mse=mse, latents=len(rows), seconds=time.perf_counter() - started))
-
-
-def _claim(out: Path, identity: dict[str, Any], overwrite: bool) -> None:
-    """Rank 0 makes the folder its own; every rank raises its error, so that none waits for the others."""
-    failure = None
-    if ranks.rank() == 0:
-        try:
-            claim_output(out, kind=CODEBOOKS_KIND, identity=identity, overwrite=overwrite)
-        except OutputError as error:
-            failure = error
-    failure = ranks.broadcast(failure)
-    if failure is not None:
-        raise failure
 
 
 def _notes_on_data(config: FitCodebooksConfig, split: LatentSplit, latents: int) -> Iterator[Event]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from revq.models.nearest import nearest_codes
-from revq.models.quantizer import MultiGroupQuantizer, code_counts, dead_codes, online_update, perplexity, reset_unused, usage
+from revq.models.quantizer import MultiGroupQuantizer, code_counts, dead_codes, perplexity, reset_unused, usage
 
 
 def points(tokens: int, count: int, dims: int) -> Tensor:
@@ -82,38 +82,3 @@ def test_moved_codes_are_used_afterwards() -> None:
     assert dead_codes(counts).item() == 8
     reset_unused(codebooks, counts, seed=0, share=1.0)
     assert dead_codes(code_counts(nearest_codes(data, codebooks).T, 32)).item() == 0
-
-
-def test_online_means_without_forgetting_are_the_means_of_all_points_a_code_was_given() -> None:
-    data, indices = points(3, 200, 4).transpose(0, 1), torch.randint(6, (200, 3), generator=torch.Generator().manual_seed(2))
-    codebooks, weights = points(3, 6, 4), torch.zeros(3, 6)
-    for batch, chosen in zip(data.split(32), indices.split(32), strict=True):
-        online_update(codebooks, weights, batch, chosen, decay=1.0)
-    for token in range(3):
-        for code in range(6):
-            assert torch.allclose(codebooks[token, code], data[indices[:, token] == code, token].mean(0), atol=1e-5)
-    assert torch.equal(weights.long(), code_counts(indices, 6))
-
-
-def test_online_means_forget_older_points_by_the_decay() -> None:
-    codebooks, weights = torch.zeros(1, 1, 1), torch.tensor([[4.0]])
-    online_update(codebooks, weights, torch.tensor([[[3.0]], [[3.0]]]), torch.zeros(2, 1, dtype=torch.int64), decay=0.5)
-    assert weights.item() == 4.0  # 4 * 0.5 + 2
-    assert codebooks.item() == 1.5  # (0 * 2 + 3 * 2) / 4
-
-
-def test_online_means_leave_codes_that_nothing_chose_where_they_are_and_lower_the_error() -> None:
-    data = points(2, 4000, 4)
-    lonely = torch.full((2, 1, 4), 50.0)
-    codebooks = torch.cat([data[:, :64], lonely], 1)
-    weights = torch.zeros(2, 65)
-
-    def error() -> float:
-        indices = nearest_codes(data, codebooks)
-        return float((data - codebooks.gather(1, indices.unsqueeze(2).expand(-1, -1, 4))).square().mean())
-
-    before = error()
-    for batch in data.split(200, 1):
-        online_update(codebooks, weights, batch.transpose(0, 1), nearest_codes(batch, codebooks).T, decay=0.99)
-    assert torch.equal(codebooks[:, 64:], lonely)
-    assert error() < 0.9 * before
