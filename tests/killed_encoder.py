@@ -1,9 +1,9 @@
 """Runs encode-latents in child processes that are killed at random instants, until one comes to its end; run by test_encode_latents.py.
 
-    python killed_encoder.py IMAGES STORE VAE KILLS SEED
+    python killed_encoder.py IMAGES STORE VAE KILLS LONGEST_S
 
-Children are forked after the imports, so that what is killed is the work and not the start of Python. Prints the seconds after which
-each was killed.
+Children are forked after the imports, so that what is killed is the work and not the start of Python. Each is killed after a random time of
+at most LONGEST_S seconds. Prints a line for each kill, then the seconds of the child that came to its end.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ def start(config: EncodeLatentsConfig) -> int:
     return pid
 
 
-def main(images: str, store: str, vae: str, kills: int, seed: int) -> None:
+def main(images: str, store: str, vae: str, kills: int, longest_s: float) -> None:
     config = EncodeLatentsConfig(images=images, store=store, vae=vae, **SETTINGS)
-    draw = random.Random(seed)
-    longest_s = 1.5
+    draw = random.Random(7)
     for _ in range(kills):
         pid, delay_s = start(config), draw.uniform(0, longest_s)
         time.sleep(delay_s)
@@ -44,10 +43,12 @@ def main(images: str, store: str, vae: str, kills: int, seed: int) -> None:
         assert os.WTERMSIG(status) == signal.SIGKILL, status
         if is_store(store):
             LatentStore.open(store)
-        print(f"{delay_s:.3f}", flush=True)
+        print(f"killed after {delay_s:.3f} s", flush=True)
+    started = time.perf_counter()
     _, status = os.waitpid(start(config), 0)
     assert status == 0, status
+    print(time.perf_counter() - started)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], kills=int(sys.argv[4]), seed=int(sys.argv[5]))
+    main(*sys.argv[1:4], kills=int(sys.argv[4]), longest_s=float(sys.argv[5]))
