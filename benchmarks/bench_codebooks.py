@@ -85,9 +85,9 @@ def peak_kib() -> float:
 
 
 def compare(ways: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, tuple[float, float]]:
-    """Median seconds and largest peak MiB of each way, taken in turn; the first round, which warms up, does not count."""
-    rounds = [{name: measured(way, device) for name, way in ways.items()} for _ in range(repeats + 1)][1:]
-    return {name: (statistics.median(each[name][0] for each in rounds), max(each[name][1] for each in rounds)) for name in ways}
+    """Median seconds and largest peak MiB of each way, taken in turn; the first round warms up, and its time does not count."""
+    rounds = [{name: measured(way, device) for name, way in ways.items()} for _ in range(repeats + 1)]
+    return {name: (statistics.median(each[name][0] for each in rounds[1:]), max(each[name][1] for each in rounds)) for name in ways}
 
 
 def table(title: str, rows: list[tuple[str, ...]]) -> None:
@@ -178,15 +178,13 @@ def stage_part(device: str) -> None:
             images="photographs:train", store=str(folder / "store"), vae=f"{folder}/linear_vae.py:Linear", image_size=64, views=10, device=device
         )
         run_quietly(encode_latents(encode))
-        rows = [("", "time", "peak memory")]
-        for backend in ("torch", "faiss"):
-            config = FitCodebooksConfig(
-                store=encode.store, out=str(folder / backend), codes=1024, max_samples=10_000, backend=backend, device=device, calibration_samples=512
-            )
-            marks: list[tuple[str, float]] = []
-            _, mib = measured(partial(timed_tasks, config, marks), device)
-            rows += [(f"{backend}: {task}", f"{seconds:.1f} s", "") for task, seconds in marks]
-            rows.append((f"{backend}: all", f"{sum(seconds for _, seconds in marks):.1f} s", f"{mib:.0f} MiB"))
+        config = FitCodebooksConfig(
+            store=encode.store, out=str(folder / "codebooks"), codes=1024, max_samples=10_000, backend="torch", device=device, calibration_samples=512
+        )
+        marks: list[tuple[str, float]] = []
+        _, mib = measured(partial(timed_tasks, config, marks), device)
+        rows = [("", "time", "peak memory"), *((task, f"{seconds:.1f} s", "") for task, seconds in marks)]
+        rows.append(("all", f"{sum(seconds for _, seconds in marks):.1f} s", f"{mib:.0f} MiB"))
         table("fit-codebooks, T=512 D=4 K=1024, 10,000 latents (32,8,8), decoder transform, 20 rounds", rows)
 
 

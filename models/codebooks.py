@@ -62,7 +62,9 @@ def load_codebooks(folder: str | Path) -> Codebooks:
         raise CodebookError(f"the codebooks in {folder} are not finished; give the fit-codebooks command again")
     try:
         tensors = load_file(folder / CODEBOOKS_NAME)
-        parts = {name: tensors.get(f"transform.{name}") for name in ("mean", "std", "scale", "axes", "inverse_axes")}
+        parts = {name: tensors.pop(f"transform.{name}", None) for name in ("mean", "std", "scale", "axes", "inverse_axes")}
+        if others := [name for name in tensors if name.startswith("transform.")]:
+            raise CodebookError(f"it holds {', '.join(others)}, which another version of revq wrote")
         transform = LatentTransform(**parts, tokens=len(tensors["codebooks"]))  # type: ignore[arg-type]
         return Codebooks(
             transform=transform,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -173,6 +174,14 @@ def test_a_damaged_codebook_file_is_named(small_store: Path, tmp_path: Path) -> 
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CodebookError, match=r"codebooks\.safetensors is damaged"):
         load_codebooks(tmp_path / "out")
+
+
+def test_codebooks_whose_transform_another_version_wrote_are_refused(small_codebooks: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_codebooks, tmp_path / "old")
+    tensors = load_file(tmp_path / "old" / CODEBOOKS_NAME)
+    save_file({**tensors, "transform.rotation": torch.eye(4)}, tmp_path / "old" / CODEBOOKS_NAME)
+    with pytest.raises(CodebookError, match=r"holds transform\.rotation, which another version of revq wrote"):
+        load_codebooks(tmp_path / "old")
 
 
 def test_two_ranks_give_the_same_bytes_as_one_process(small_store: Path, tmp_path: Path, torchrun: Callable[..., object]) -> None:
