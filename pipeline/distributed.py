@@ -30,6 +30,7 @@ def process_group() -> Iterator[int]:
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     backend = "gloo"
@@ -38,8 +39,11 @@ def process_group() -> Iterator[int]:
             raise ConfigError(f"torchrun started more processes here than there are GPUs ({torch.cuda.device_count()}); lower --nproc-per-node")
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
+    # After a restart torchrun's workers meet in the store of the attempt before, where the addresses of dead processes still stand.
+    store, rank, size = next(iter(rendezvous("env://")))
+    store = dist.PrefixStore(f"revq attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # A rank may wait for another that has a shard more to do; torchrun ends them all when one dies, so nobody waits for the dead.
-    dist.init_process_group(backend, timeout=timedelta(hours=12))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=12))
     try:
         yield rank
     finally:
