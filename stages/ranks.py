@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ConfigError, RevqError
+from ..errors import RevqError
 
 V = TypeVar("V")
 
@@ -24,12 +24,6 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes that work together."""
     return dist.get_world_size() if _joined() else 1
-
-
-def refuse_many(stage: str) -> None:
-    """Raises ConfigError on more than one rank, for a stage that does not share its work."""
-    if world_size() > 1:
-        raise ConfigError(f"{stage} runs in one process, but torchrun started {world_size()}; give the command without torchrun")
 
 
 def barrier() -> None:

@@ -291,7 +291,8 @@ def _evaluate(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, r
     """Validate, log, save a checkpoint, and end the phase where it no longer gets better."""
     finishing = state.step > state.first_steps
     figures = validate(inputs, state, run.val, run.pictures if finishing else None)
-    row: dict[str, Any] = {"step": state.step, "lr": _learning_rate(config, state), **figures, "codebook_usage": codebook_usage(state)}
+    lr = state.optimizer.param_groups[0]["lr"] if state.step else _learning_rate(config, state)  # of the step just taken
+    row: dict[str, Any] = {"step": state.step, "lr": lr, **figures, "codebook_usage": codebook_usage(state)}
     if state.history:
         row |= {"train_loss": mean_loss(state), **({"images_per_s": live["images/s"]} if live else {})}
     if inputs.device.type == "cuda":
@@ -313,11 +314,9 @@ def _evaluate(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, r
 
 def _claim(config: TrainRectifierConfig, store: LatentStore, out: Path) -> None:
     """Rank 0 makes `out` the folder of this run."""
-    if ranks.rank() == 0:
-        codebooks_sha256 = sha256_file(Path(config.codebooks) / CODEBOOKS_NAME)
-        identity = {**config.identity(), "store_fingerprint": store.fingerprint, "codebooks_sha256": codebooks_sha256}
-        claim_output(out, kind=RUN_KIND, identity=identity, overwrite=config.overwrite)
-    ranks.barrier()
+    codebooks_sha256 = sha256_file(Path(config.codebooks) / CODEBOOKS_NAME)
+    identity = {**config.identity(), "store_fingerprint": store.fingerprint, "codebooks_sha256": codebooks_sha256}
+    ranks.on_first(lambda: claim_output(out, kind=RUN_KIND, identity=identity, overwrite=config.overwrite))
 
 
 def _is_complete(out: Path, planned: tuple[int, int]) -> bool:
