@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -130,3 +133,16 @@ def test_the_torch_backend_never_holds_all_distances(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("torch.baddbmm", measured)
     kmeans(points(count=300), 20, iterations=3, seeds=[0, 1, 2], backend="torch")
     assert max(sizes) <= 1000
+
+
+def test_a_missing_faiss_is_an_error_that_names_both_extras_and_the_way_without() -> None:
+    code = (
+        "import sys, torch; sys.modules['faiss'] = None\n"  # what an import finds where it is not installed
+        "from revq.models.kmeans import pick_backend\n"
+        "print(pick_backend('torch', torch.device('cpu')))\n"
+        "pick_backend('auto', torch.device('cpu'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "torch\n"
+    message = "FAISS is not installed; install revq[cpu] (faiss-cpu) or revq[gpu] (faiss-gpu), or pass --backend torch"
+    assert done.stderr.splitlines()[-1].endswith(f"ConfigError: {message}")

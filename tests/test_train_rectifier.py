@@ -31,6 +31,7 @@ from revq.stages.events import Advance, Event, Note, run_quietly
 from revq.stages.train_rectifier import TrainRectifierConfig, _prepare, _reset_unused, _step, train_rectifier
 from revq.stages.train_state import new_state
 from revq.stages.training_data import open_inputs
+from revq.stages.validation import validate
 
 SMALL = {"steps": 12, "batch_size": 16, "width": 32, "depth": 1, "evaluations": 4}
 
@@ -244,6 +245,15 @@ def prepared(store: Path, codebooks: Path, out: Path, **changes: object) -> Prep
     inputs = open_inputs(settings, LatentStore.open(store), fitted)
     state = new_state(settings, inputs, fitted.codebooks)
     return Prepared(settings, inputs, state, made_by(_prepare(settings, inputs, state, out)))
+
+
+def test_validation_counts_no_codes(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    ready = prepared(small_store, small_codebooks, tmp_path, codebook_lr=0.01, steps=3)
+    ready.step()
+    counts = ready.state.counts.clone()
+    assert int(counts.sum()) == 16 * 512  # a batch of 16, a code for each of 512 tokens
+    validate(ready.inputs, ready.state, ready.run.val, None)
+    assert torch.equal(ready.state.counts, counts)
 
 
 def test_from_a_step_that_is_not_finite_on_no_weight_changes(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
