@@ -1,6 +1,6 @@
 """What an evaluation costs over the bare arithmetic of its networks, and how long a default one takes. Ratios come from this one run.
 
-    python benchmarks/bench_evaluate.py [--images 128] [--repeats 3]
+    python benchmarks/bench_evaluate.py [--images 64] [--repeats 2]
 
 On the embedded VAE and photographs with a tokenizer of random codes and an Inception of random weights in torch-fidelity's file format, so it
 runs anywhere. The bare sum for one batch: one encode, three decodes, the rectifier, and four Inception forwards, on tensors that lie ready. The
@@ -51,7 +51,7 @@ def save_tokenizer(folder: Path) -> Path:
     vae = FrozenVAE.load(VAE)
     config: dict[str, Any] = {"kind": TOKENIZER_KIND, "format_version": 1, "tokens": TOKENS, "codes": CODES, "transform": "standardize"}
     rectifier = {"channels": 8, "width": 64, "depth": 2, "block": "conv"}
-    config |= {"rotated": False, "latent_shape": [8, 16, 16], "image_size": IMAGE_SIZE, "rectifier": rectifier, "vae": vae.identity()}
+    config |= {"latent_shape": [8, 16, 16], "image_size": IMAGE_SIZE, "rectifier": rectifier, "vae": vae.identity()}
     tokenizer = ReVQTokenizer(config)
     torch.nn.init.normal_(tokenizer.quantizer.codebooks)
     tokenizer.save_pretrained(folder)
@@ -99,8 +99,8 @@ def whole_seconds(config: EvaluateConfig) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--no-inception", action="store_true", help="leave rFID out, as where its weights are missing")
     args = parser.parse_args()
