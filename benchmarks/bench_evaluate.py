@@ -1,6 +1,6 @@
 """What an evaluation costs over the bare arithmetic of its networks, and how long a default one takes. Ratios come from this one run.
 
-    python benchmarks/bench_evaluate.py [--images 64] [--repeats 2]
+    python benchmarks/bench_evaluate.py [--images 32] [--repeats 2]
 
 On the embedded VAE and photographs with a tokenizer of random codes and an Inception of random weights in torch-fidelity's file format, so it
 runs anywhere. The bare sum for one batch: one encode, three decodes, the rectifier, and four Inception forwards, on tensors that lie ready. The
@@ -99,7 +99,7 @@ def whole_seconds(config: EvaluateConfig) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--no-inception", action="store_true", help="leave rFID out, as where its weights are missing")

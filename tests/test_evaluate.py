@@ -6,6 +6,9 @@ import io
 import itertools
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -368,6 +371,38 @@ def test_a_stopped_evaluation_goes_on_where_it_was_and_ends_with_the_same_number
     assert numbers(resumed) == numbers(whole)
     assert resumed["rows"]["rectified"]["rfid"] > 0
     assert not list((tmp_path / "other").glob("partial*"))
+
+
+KILLED = """
+import sys
+from revq.stages import evaluate as stage
+from revq.stages.events import Advance
+stage._SAVE_EVERY_S = 0.0  # after every batch, not every two minutes
+tokenizer, images, out = sys.argv[1:]
+settings = dict(download=False, device="cpu", tolerance_images=0, batch_size=1, workers=1, cache="off")
+for event in stage.evaluate(stage.EvaluateConfig(tokenizer=tokenizer, images=images, out=out, **settings)):
+    if isinstance(event, Advance):
+        print(event.done, flush=True)
+"""
+
+
+def test_a_killed_evaluation_goes_on_from_its_last_save_and_ends_with_the_same_numbers(
+    tokenizer_folder: Path, imagenet_sample: Path, tmp_path: Path
+) -> None:
+    images, settings = flat_folder(tmp_path / "images", imagenet_sample, 20), {"batch_size": 1, "workers": 1, "cache": "off"}
+    whole = run_quietly(evaluate(config_for(tokenizer_folder, images, tmp_path / "whole", **settings)))
+    command = [sys.executable, "-c", KILLED, str(tokenizer_folder), str(images), str(tmp_path / "killed")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while int(process.stdout.readline()) < 4:
+            pass
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    events, resumed = events_of(config_for(tokenizer_folder, images, tmp_path / "killed", **settings))
+    begun = next(event for event in events if isinstance(event, Begin))
+    assert 4 <= begun.done < 20
+    assert numbers(resumed) == numbers(whole)
+    assert not list((tmp_path / "killed").glob("*partial*"))
 
 
 @pytest.mark.parametrize("damage", ["torn", "other batches"])
