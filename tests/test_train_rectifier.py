@@ -376,7 +376,7 @@ def test_weights_and_biases_where_it_is_not_installed_is_refused_with_the_way_to
         config(Path("store"), Path("codebooks"), Path("out"), wandb=True)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="Weights & Biases is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="Weights & Biases is an option that the development install leaves out")
 def test_weights_and_biases_gets_the_figures(small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", wandb=True)))
