@@ -111,15 +111,22 @@ def by_cdist(points: Tensor, codebooks: Tensor) -> Tensor:
     return torch.stack([torch.cdist(group, codebook).argmin(1) for group, codebook in zip(points, codebooks, strict=True)])
 
 
+def move_and_query(search: NearestCodes, codebooks: Tensor, points: Tensor) -> Tensor:
+    """A step of training codebooks: every code has moved a little since the last one."""
+    search.move(codebooks)
+    return search.query(points)
+
+
 def nearest_part(repeats: int) -> None:
     for codes, aim in ((1024, 2.5), (16384, 15.0)):
         points, codebooks = random_points(64, 256, 4), random_points(64, codes, 4, seed=1)
-        search = NearestCodes(codebooks)
+        search, moved = NearestCodes(codebooks), codebooks + 0.01 * random_points(64, codes, 4, seed=2)
         found = compare(
             {
                 "torch.cdist(...).argmin, group by group": partial(by_cdist, points, codebooks),
-                "NearestCodes, trees kept": partial(search.query, points),
-                "nearest_codes, trees built anew": partial(nearest_codes, points, codebooks),
+                "NearestCodes, boxes kept": partial(search.query, points),
+                "NearestCodes, boxes filled with moved codes": partial(move_and_query, search, moved, points),
+                "nearest_codes, boxes cut anew": partial(nearest_codes, points, codebooks),
             },
             repeats,
         )

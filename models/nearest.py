@@ -6,26 +6,23 @@ Shapes: T tokens (codebooks), N points for each, D dims, K codes per codebook.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import TypeVar
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ConfigError
 
-BACKENDS = ("auto", "tree", "product", "fused")
-_TREE_MAX_DIMS = 8
-_TREE_MIN_CODES = 512
-_TREE_MIN_CODES_4 = 64  # up to 4 dims, where trees are better still
+if TYPE_CHECKING:
+    from .box_search import BoxSearch
+
+BACKENDS = ("auto", "boxes", "product", "fused")
 _FUSED_MAX_DIMS = 8  # more would not fit a GPU thread's registers
-_LEAF_CODES = 32  # a twentieth faster to search than SciPy's 16
-R = TypeVar("R")
 _BLOCK_VALUES = 1 << 22  # distances held at once by the blocked product: 16 MiB in float32
 
 
@@ -45,8 +42,8 @@ def nearest_codes(coordinates: Tensor, codebooks: Tensor) -> Tensor:
 class NearestCodes:
     """A search structure over fixed codebooks; every backend finds the same codes, up to the rounding of equally near ones.
 
-    - "tree": a k-d tree for each codebook, in float64, searched by torch's number of threads. The fastest on the CPU where D is small. Building
-      costs about as much as searching K points, so keep this object while the codebooks stay the same.
+    - "boxes": compiled loops over small boxes of codes (box_search.py), on torch's number of threads. The fastest on a CPU. Cutting the
+      boxes costs as much as searching a thousand points: keep this object while the codebooks stay the same, and `move` it when they change a bit.
     - "product": blocks of a matrix product; anywhere, any D.
     - "fused": one GPU kernel (Triton) that keeps each point's minimum in registers and writes no distances to memory.
     """
@@ -55,35 +52,37 @@ class NearestCodes:
         """Prepare the search.
 
         Args:
-            codebooks: (T,K,D) float32; copied into trees, or referred to.
-            backend: "tree", "product", "fused", or "auto" (by device, D and K).
+            codebooks: (T,K,D) float32, finite; copied into boxes, or referred to.
+            backend: "boxes", "product", "fused", or "auto" (by device and D).
 
         Raises:
-            ConfigError: the kernel was asked for and Triton is not installed.
+            ConfigError: the backend asked for needs a package that is not installed.
         """
         self.codebooks = codebooks.detach()
-        self.backend = _pick_backend(codebooks.device, *codebooks.shape[1:]) if backend == "auto" else backend
-        if self.backend == "fused" and not _has_triton():
+        self.backend = _pick_backend(codebooks.device, codebooks.shape[2]) if backend == "auto" else backend
+        if self.backend == "fused" and not _has("triton"):
             raise ConfigError("the fused search needs Triton, which PyTorch's CUDA builds bring; use the backend product")
-        if self.backend == "tree":
-            values = self.codebooks.float().cpu().numpy()
-            self._trees = [tree for part in _in_threads(lambda tokens: [_Tree(values[token]) for token in tokens], len(values)) for tree in part]
+        if self.backend == "boxes" and not _has("numba"):
+            raise ConfigError("the search in boxes needs Numba; install it, or use the backend product")
+        self._boxes: BoxSearch | None = None
+        if self.backend == "boxes":
+            from .box_search import BoxSearch
+
+            self._boxes = BoxSearch(_array(self.codebooks), partial(_in_threads, tokens=len(codebooks)))
+
+    def move(self, codebooks: Tensor) -> None:
+        """Search these codebooks (T,K,D) from now on, of the same shape as before: cheaper than a new object where codes moved a little."""
+        self.codebooks = codebooks.detach()
+        if self._boxes is not None:
+            self._boxes.move(_array(self.codebooks))
 
     @torch.no_grad()
     def query(self, coordinates: Tensor) -> Tensor:
         """coordinates (T,N,D) -> indices (T,N) int64, on the coordinates' device."""
         if coordinates.shape[1] == 0:
             return torch.empty(coordinates.shape[:2], dtype=torch.int64, device=coordinates.device)
-        if self.backend == "tree":
-            points = coordinates.double().cpu().contiguous().numpy()
-            found = np.empty(points.shape[:2], np.int64)
-
-            def search(tokens: range) -> None:
-                for token in tokens:
-                    found[token] = self._trees[token].query(points[token])
-
-            _in_threads(search, len(points))
-            return torch.from_numpy(found).to(coordinates.device)
+        if self._boxes is not None:
+            return torch.from_numpy(self._boxes.query(_array(coordinates))).to(coordinates.device)
         if self.backend == "fused":
             from .fused_nearest import fused_nearest
 
@@ -91,51 +90,30 @@ class NearestCodes:
         return _nearest_by_product(coordinates.float(), self.codebooks.float())
 
 
-def _pick_backend(device: torch.device, codes: int, dims: int) -> str:
-    if device.type == "cuda" and dims <= _FUSED_MAX_DIMS and _has_triton():
+def _pick_backend(device: torch.device, dims: int) -> str:
+    if device.type == "cuda" and dims <= _FUSED_MAX_DIMS and _has("triton"):
         return "fused"
-    tree = dims <= _TREE_MAX_DIMS and codes >= (_TREE_MIN_CODES_4 if dims <= 4 else _TREE_MIN_CODES)
-    return "tree" if device.type == "cpu" and tree else "product"
+    return "boxes" if device.type == "cpu" and _has("numba") else "product"
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
-def _in_threads(work: Callable[[range], R], tokens: int) -> list[R]:
-    """`work` on one run of tokens for each of torch's threads; SciPy's trees work without holding the interpreter, what is around them does not."""
+def _array(values: Tensor) -> NDArray[np.float32]:
+    return values.float().cpu().numpy()
+
+
+def _in_threads(work: Callable[[int, int], object], tokens: int) -> None:
+    """`work(first, stop)` on one run of tokens for each of torch's threads; compiled loops do not hold the interpreter."""
     threads = max(1, min(torch.get_num_threads(), tokens))
     cuts = [tokens * part // threads for part in range(threads + 1)]
-    runs = [range(start, stop) for start, stop in itertools.pairwise(cuts)]
     if threads == 1:
-        return [work(runs[0])]
+        work(0, tokens)
+        return
     with ThreadPoolExecutor(threads, thread_name_prefix="revq-nearest") as pool:
-        return list(pool.map(work, runs))
-
-
-class _Tree:
-    """A k-d tree over one codebook's distinct codes that answers with the lowest index among the nearest."""
-
-    def __init__(self, codebook: np.ndarray) -> None:
-        # Sorting rows costs three times what the tree costs; sorting one sum of each row tells almost always that no two are equal.
-        sums = codebook.astype(np.float64) @ np.sqrt(np.arange(2, codebook.shape[1] + 2))
-        self.first = np.arange(len(codebook))
-        if len(np.unique(sums)) < len(codebook):
-            codebook, self.first = np.unique(codebook, axis=0, return_index=True)
-        self.tree = cKDTree(codebook, leafsize=_LEAF_CODES)
-
-    def query(self, points: np.ndarray) -> np.ndarray:
-        """(N,D) float64 -> (N,) indices."""
-        if len(self.first) == 1:
-            return np.zeros(len(points), dtype=np.int64) + self.first[0]
-        distances, neighbours = self.tree.query(points, k=2)
-        indices = self.first[neighbours[:, 0]]
-        # The tree names any of several equally near codes. That is rare, so those points are compared with every code.
-        for tied in np.flatnonzero(distances[:, 0] == distances[:, 1]):
-            squared = np.square(self.tree.data - points[tied]).sum(axis=1)
-            indices[tied] = self.first[squared == squared.min()].min()
-        return indices
+        list(pool.map(work, cuts[:-1], cuts[1:]))
 
 
 def _nearest_by_product(coordinates: Tensor, codebooks: Tensor) -> Tensor:

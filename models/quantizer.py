@@ -22,11 +22,14 @@ class MultiGroupQuantizer(nn.Module):
         self._searched: tuple[int, torch.device] | None = None
 
     def encode(self, coordinates: Tensor) -> Tensor:
-        """coordinates (B,T,D) -> indices (B,T) int64 of the nearest codes; the search structure is kept while the codes stay the same."""
+        """coordinates (B,T,D) -> indices (B,T) int64 of the nearest codes; the search structure is kept, and follows the codes."""
         codes = self.codebooks.data
         present = (self.codebooks._version, codes.device)
-        if self._search is None or present != self._searched:
-            self._searched, self._search = present, NearestCodes(codes)
+        if self._search is None or self._search.codebooks.device != codes.device:
+            self._search = NearestCodes(codes)
+        elif present != self._searched:
+            self._search.move(codes)
+        self._searched = present
         return self._search.query(coordinates.transpose(0, 1)).T
 
     def decode(self, indices: Tensor) -> Tensor:

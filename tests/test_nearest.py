@@ -17,8 +17,10 @@ from torch import Tensor
 
 from revq import nearest_codes
 from revq.errors import ConfigError
+from revq.models import box_search
 from revq.models.nearest import NearestCodes, _pick_backend
 
+BACKENDS = ["boxes", "product"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -59,7 +61,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["tree", "product"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_every_backend_finds_a_code_as_near_as_the_float64_oracle(case: Case, backend: str) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -71,7 +73,7 @@ def test_every_backend_finds_a_code_as_near_as_the_float64_oracle(case: Case, ba
     assert_nearest(indices, coordinates, codebooks)
 
 
-@pytest.mark.parametrize("backend", ["tree", "product"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_of_equal_codes_the_lowest_index_is_chosen(backend: str) -> None:
     codebook = torch.randn(1, 40, 4, generator=torch.Generator().manual_seed(2))
     repeated = torch.cat([codebook, codebook, codebook], dim=1)
@@ -79,7 +81,7 @@ def test_of_equal_codes_the_lowest_index_is_chosen(backend: str) -> None:
     assert torch.equal(indices[0], torch.arange(40))
 
 
-@pytest.mark.parametrize("backend", ["tree", "product"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", range(12))
 def test_of_codes_at_equal_distance_the_lowest_index_is_chosen_whatever_their_order(backend: str, seed: int) -> None:
     corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0], [5.0, 0.0], [0.0, 5.0]])
@@ -102,7 +104,7 @@ def test_a_code_is_its_own_nearest_code(tokens: int, points: int, codes: int, di
 @settings(max_examples=80, deadline=None)
 @given(
     st.integers(1, 3), st.integers(0, 20), st.integers(1, 40), st.integers(1, 6), st.sampled_from([0.0, 7.0, 1e3, 1e6]),
-    st.sampled_from([1e-6, 1.0, 1e4]), st.integers(1, 3), st.integers(0, 2**31), st.sampled_from(["tree", "product"]),
+    st.sampled_from([1e-6, 1.0, 1e4]), st.integers(1, 3), st.integers(0, 2**31), st.sampled_from(BACKENDS),
 )  # fmt: skip
 def test_whatever_the_numbers_the_code_found_is_the_oracles(
     tokens: int, count: int, codes: int, dims: int, offset: float, scale: float, copies: int, seed: int, backend: str
@@ -117,26 +119,74 @@ def test_whatever_the_numbers_the_code_found_is_the_oracles(
     assert bool((found < codes).all())  # the first of the copies
 
 
-@pytest.mark.parametrize("backend", ["tree", "product"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_codebook_of_one_code_repeated_many_times_answers_with_the_first(backend: str) -> None:
     codebooks = torch.full((2, 1000, 4), 0.3)
     assert not NearestCodes(codebooks, backend).query(torch.randn(2, 9, 4)).any()
 
 
-def test_small_dims_on_the_cpu_go_to_the_tree_and_all_else_to_the_product() -> None:
-    assert NearestCodes(torch.randn(1, 1024, 4)).backend == "tree"
-    assert NearestCodes(torch.randn(1, 1024, 16)).backend == "product"
-    assert NearestCodes(torch.randn(1, 8, 4)).backend == "product"
+def test_the_backend_is_chosen_by_device_dims_and_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr("revq.models.nearest._has", lambda package: True)
+    assert _pick_backend(cpu, 4) == _pick_backend(cpu, 64) == "boxes"
+    assert _pick_backend(gpu, 4) == "fused"
+    assert _pick_backend(gpu, 64) == "product"
+    monkeypatch.setattr("revq.models.nearest._has", lambda package: False)
+    assert _pick_backend(cpu, 4) == _pick_backend(gpu, 4) == "product"
+    for backend, package in (("fused", "Triton"), ("boxes", "Numba")):
+        with pytest.raises(ConfigError, match=f"needs {package}"):
+            NearestCodes(torch.randn(1, 4, 4), backend)
 
 
-def test_without_triton_the_kernel_is_refused_by_name_and_a_gpu_takes_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("revq.models.nearest._has_triton", lambda: False)
-    with pytest.raises(ConfigError, match="needs Triton"):
-        NearestCodes(torch.randn(1, 4, 4), "fused")
-    assert _pick_backend(torch.device("cuda"), 1024, 4) == "product"
-    monkeypatch.setattr("revq.models.nearest._has_triton", lambda: True)
-    assert _pick_backend(torch.device("cuda"), 1024, 4) == "fused"
-    assert _pick_backend(torch.device("cuda"), 1024, 64) == "product"
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 600), st.integers(1, 5), st.sampled_from([0.0, 0.01, 1.0, 30.0]), st.booleans(), st.integers(0, 2**31))
+def test_codes_that_moved_are_found_as_in_a_new_search(codes: int, dims: int, step: float, whole_numbers: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codebooks, points = torch.randn(2, codes, dims, generator=generator), torch.randn(2, 50, dims, generator=generator)
+    moved = codebooks + step * torch.randn(codebooks.shape, generator=generator)
+    if whole_numbers:  # many codes at the very same distance
+        points, moved = points.round(), moved.round()
+    search = NearestCodes(codebooks, "boxes")
+    search.move(moved)
+    found = search.query(points)
+    assert torch.equal(found, NearestCodes(moved, "boxes").query(points))
+    distances = oracle_distances(points, moved)
+    lowest = torch.where(distances == distances.amin(2, keepdim=True), torch.arange(codes), codes).amin(2)
+    assert torch.equal(found, lowest)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e17, 1e25])
+def test_codes_whose_squared_distances_leave_float32_are_still_told_apart(size: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    codebooks, points = size * torch.randn(2, 300, 4, generator=generator), size * torch.randn(2, 40, 4, generator=generator)
+    assert torch.equal(NearestCodes(codebooks, "boxes").query(points), oracle_distances(points, codebooks).argmin(2))
+
+
+def test_boxes_are_cut_anew_only_when_codes_have_moved_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuts = []
+    cut = box_search._cut
+    monkeypatch.setattr(box_search, "_cut", lambda *given: cuts.append(given) or cut(*given))
+    codebooks = torch.randn(1, 1024, 4)
+    search = NearestCodes(codebooks, "boxes")
+    search.move(codebooks + 0.001)
+    assert len(cuts) == 1
+    search.move(codebooks.flip(1))
+    assert len(cuts) == 2
+
+
+READ_ONLY = """
+import torch
+from numba.core import caching
+caching.CacheImpl._locator_classes = []  # as where no folder can be written
+from revq.models.nearest import NearestCodes
+points = torch.randn(1, 9, 4)
+assert torch.equal(NearestCodes(points, "boxes").query(points)[0], torch.arange(9))
+"""
+
+
+def test_the_boxes_work_where_machine_code_cannot_be_kept() -> None:
+    done = subprocess.run([sys.executable, "-c", READ_ONLY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 INTERPRETED = """
@@ -146,7 +196,7 @@ generator = torch.Generator().manual_seed(0)
 for tokens, count, codes, dims, offset in [(3, 70, 150, 4, 0.0), (2, 33, 64, 8, 1000.0), (2, 1, 1, 1, 0.0), (1, 40, 65, 3, 0.0)]:
     codebooks, points = (torch.randn(tokens, size, dims, generator=generator) + offset for size in (codes, count))
     codebooks = codebooks.repeat(1, 2, 1)
-    assert torch.equal(NearestCodes(codebooks, "fused").query(points), NearestCodes(codebooks, "tree").query(points)), (tokens, count, codes, dims)
+    assert torch.equal(NearestCodes(codebooks, "fused").query(points), NearestCodes(codebooks, "boxes").query(points)), (tokens, count, codes, dims)
 corners = torch.tensor([[5.0, 0.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]).repeat(30, 1)
 assert NearestCodes(corners[None], "fused").query(torch.zeros(1, 1, 2)).item() == 1
 assert NearestCodes(corners[None], "fused").query(torch.zeros(1, 0, 2)).shape == (1, 0)
