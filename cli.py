@@ -201,6 +201,7 @@ def _evaluate(
     no_download: Annotated[bool, _method("--no-download", help="Never try the network for metric weights.")] = False,
     tolerance_images: Annotated[int, _method(help="Images for the tolerance curve; 0 leaves it out.")] = 128,
     precision: Annotated[str, _method(help="The decoder's: fp32 or bf16.")] = "fp32",
+    refine: Annotated[int, _method(help="Steps of the search for better tokens, image by image; 16 is much.")] = 0,
     limit: Limit = None,
     vae: OtherVAE = None,
     overwrite: Overwrite = False,
@@ -222,8 +223,8 @@ def _evaluate(
 
         config = EvaluateConfig(
             tokenizer=tokenizer, images=images, out=out, protocol=protocol, inception_weights=inception_weights, batch_size=batch_size,
-            limit=limit, tolerance_images=tolerance_images, seed=seed, precision=precision, vae=vae, device=device, workers=workers,
-            cache=cache, overwrite=overwrite, download=not no_download,
+            limit=limit, tolerance_images=tolerance_images, seed=seed, precision=precision, refine=refine, vae=vae, device=device,
+            workers=workers, cache=cache, overwrite=overwrite, download=not no_download,
         )  # fmt: skip
         return evaluate_and_report(config)
 

@@ -21,6 +21,7 @@ from ..errors import TokenizerError
 from ..files import write_bytes, write_json
 from .quantizer import MultiGroupQuantizer
 from .rectifier import Rectifier
+from .refine import refine_tokens
 from .transform import blank_transform
 from .vae import FrozenVAE
 
@@ -153,13 +154,22 @@ class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
     @torch.no_grad()
     def decode_latents(self, indices: Tensor, *, rectify: bool = True) -> Tensor:
         """indices (B,T) -> raw latents (B,C,H,W); `rectify=False` leaves out the rectifier."""
-        standardised = self.transform.from_coordinates(self.quantizer.decode(indices))
+        return self.latents_of(self.quantizer.decode(indices), rectify=rectify)
+
+    def latents_of(self, quantized: Tensor, *, rectify: bool = True) -> Tensor:
+        """Quantized coordinates (B,T,D) -> raw latents (B,C,H,W); differentiable in the coordinates."""
+        standardised = self.transform.from_coordinates(quantized)
         if rectify and self.rectifier is not None:
             standardised = self.rectifier(standardised)
         return self.transform.unstandardize(standardised)
 
-    def encode(self, images: Tensor) -> Tensor:
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, refine: int = 0) -> Tensor:
         """Images (B,3,S,S) in [-1,1] -> indices (B,T) int64.
+
+        Args:
+            refine: steps of a search for the tokens whose decoded picture is nearest to the image (`models/refine.py`): more decibels at the same
+                bits, for as many passes through the decoder and back. 0 takes the codes nearest to the encoder's latent.
 
         Raises:
             TokenizerError: the images have another shape.
@@ -169,7 +179,9 @@ class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
             raise TokenizerError(
                 f"expected images of shape (B,{','.join(map(str, expected))}) in [-1,1], found {tuple(images.shape)}; resize and crop them first"
             )
-        return self.encode_latents(self.vae.encode(images.to(self.device)))
+        images = images.to(self.device)
+        latents = self.vae.encode(images)
+        return refine_tokens(self, images, self.transform(latents.float()), refine) if refine else self.encode_latents(latents)
 
     @torch.no_grad()
     def decode(self, indices: Tensor, *, rectify: bool = True) -> Tensor:
@@ -184,9 +196,9 @@ class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
             raise TokenizerError(f"expected indices in [0,{self.codes}), found {int(indices.min())} to {int(indices.max())}")
         return self.vae.decode(self.decode_latents(indices.to(self.device), rectify=rectify))
 
-    def reconstruct(self, images: Tensor, *, rectify: bool = True) -> Tensor:
+    def reconstruct(self, images: Tensor, *, rectify: bool = True, refine: int = 0) -> Tensor:
         """Images (B,3,S,S) in [-1,1] -> the images that their tokens decode to."""
-        return self.decode(self.encode(images), rectify=rectify)
+        return self.decode(self.encode(images, refine=refine), rectify=rectify)
 
 
 def model_card(config: dict[str, Any]) -> str:

@@ -90,6 +90,10 @@ def unlike(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> li
         if len(set(values)) > 1:
             told = ", ".join(f"{name}: {_short(value)}" for name, value in zip(names, values, strict=True))
             sentences.append(f"not comparable: {title} differ ({told})")
+    steps = [_at(each, ("protocol", "refine_steps")) or 0 for each in evaluations]
+    if len(set(steps)) > 1:
+        told = ", ".join(f"{name}: {value}" for name, value in zip(names, steps, strict=True))
+        sentences.append(f"tokens were refined for unlike numbers of steps ({told}), which cost time when encoding")
     return sentences
 
 

@@ -68,6 +68,8 @@ class EvaluateConfig:
     """Seed of the tolerance curve's noise; nothing else is random."""
     precision: str = "fp32"
     """The decoder's: "fp32" or "bf16". Encoder and features are always float32."""
+    refine: int = 0
+    """Steps of the search for better tokens for each image; each costs a pass through the decoder and back (see `models/refine.py`)."""
     vae: str | None = None
     """Where to find the VAE; None means where the tokenizer says."""
     device: str = "auto"
@@ -86,7 +88,7 @@ class EvaluateConfig:
             raise ConfigError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {self.protocol!r}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
-        for name, lowest in (("batch_size", 1), ("workers", 1), ("tolerance_images", 0)):
+        for name, lowest in (("batch_size", 1), ("workers", 1), ("tolerance_images", 0), ("refine", 0)):
             if getattr(self, name) < lowest:
                 raise ConfigError(f"{name} must be at least {lowest}, not {getattr(self, name)}")
         if self.limit is not None and self.limit < 1:
@@ -211,7 +213,7 @@ def _measure(inputs: _Inputs, instruments: Instruments, batch: Batch) -> Measure
     """Decode one batch every way and score it."""
     tokenizer, inception = inputs.tokenizer, instruments.inception
     originals = batch.pixels().to(tokenizer.device)
-    done = reconstruct(tokenizer, originals, [inputs.source.items[crop.index].key for crop in batch.crops], bf16=inputs.bf16)
+    done = reconstruct(tokenizer, originals, [inputs.source.items[crop.index].key for crop in batch.crops], **_way(inputs))
     scores = score_images(done.rows, originals, instruments.lpips)
     for row, errors in done.latent_errors.items():
         scores[row] |= errors
@@ -224,8 +226,13 @@ def _measure(inputs: _Inputs, instruments: Instruments, batch: Batch) -> Measure
             features[row] = inputs.cache.features(inception, originals, digests) if cached else inception.features(done.rows[row])  # type: ignore[union-attr]
             logits[row] = inception.logits(features[row])
     few = slice(0, _ROUND_TRIP_IMAGES)
-    round_trip = check_round_trip(tokenizer, originals[few], done.indices[few], bf16=inputs.bf16) if batch.number == 0 else None
+    round_trip = check_round_trip(tokenizer, originals[few], done.indices[few], **_way(inputs)) if batch.number == 0 else None
     return Measured(scores=scores, indices=done.indices, features=features, logits=logits, seconds=done.seconds, round_trip=round_trip)
+
+
+def _way(inputs: _Inputs) -> dict[str, Any]:
+    """How images become tokens and pictures."""
+    return {"bf16": inputs.bf16, "refine": inputs.config.refine}
 
 
 def _watched(tally: Tally) -> dict[str, float]:
@@ -251,7 +258,7 @@ def _context(inputs: _Inputs) -> Context:
         source=inputs.source,
         protocol=PROTOCOLS[config.protocol],
         weights=inputs.weights,
-        settings={"seed": config.seed, "precision": config.precision, "batch_size": config.batch_size},
+        settings={"seed": config.seed, "precision": config.precision, "batch_size": config.batch_size, "refine_steps": config.refine},
         tokenizer_name=config.tokenizer,
         reused_features=sum(ranks.gather(inputs.cache.reused if inputs.cache else 0)),
     )
@@ -287,6 +294,7 @@ def _identity(inputs: _Inputs) -> dict[str, Any]:
         "protocol": config.protocol,
         "image_size": tokenizer.image_size,
         "precision": config.precision,
+        "refine": config.refine,
         "tolerance_images": config.tolerance_images,
         "seed": config.seed,
     }

@@ -64,7 +64,8 @@ def _draw(tally: Tally, context: Context, loader: Loader, positions: Sequence[in
         crop = loader.load(tally.index[position])
         assert crop.pixels is not None
         pixels = torch.from_numpy(crop.pixels).unsqueeze(0).to(context.tokenizer.device)
-        rows = reconstruct(context.tokenizer, pixels, [context.source.items[crop.index].key], bf16=context.settings["precision"] == "bf16").rows
+        way = {"bf16": context.settings["precision"] == "bf16", "refine": context.settings["refine_steps"]}
+        rows = reconstruct(context.tokenizer, pixels, [context.source.items[crop.index].key], **way).rows
         pictures.append([rows[row][0].cpu() for row in ROWS])
     sheet, layout = draw_grid(pictures, ROWS)
     psnr_db = {row: tally.column(row, "psnr_db") for row in ROWS[1:]}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TokenizerError, VAEError
+from ..models.refine import refine_tokens
 from ..models.tokenizer import ReVQTokenizer
 from .metrics import to_signed, to_uint8
 from .networks import full_float32
@@ -35,12 +36,13 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruct(tokenizer: ReVQTokenizer, originals: Tensor, keys: Sequence[str], *, bf16: bool = False) -> Reconstruction:
+def reconstruct(tokenizer: ReVQTokenizer, originals: Tensor, keys: Sequence[str], *, bf16: bool = False, refine: int = 0) -> Reconstruction:
     """Decode uint8 images (B,3,S,S) in every way.
 
     Args:
         keys: names of the images, for the error.
         bf16: decode in bfloat16; the encoder, and so the tokens, stay in float32.
+        refine: steps of the search for better tokens, as in `ReVQTokenizer.encode`.
 
     Raises:
         VAEError, TokenizerError: a decoded value is not finite.
@@ -48,8 +50,9 @@ def reconstruct(tokenizer: ReVQTokenizer, originals: Tensor, keys: Sequence[str]
     device = tokenizer.device
     with full_float32(device):
         started = _now(device)
-        latents = tokenizer.vae.encode(to_signed(originals))
-        indices = tokenizer.encode_latents(latents)
+        images = to_signed(originals)
+        latents = tokenizer.vae.encode(images)
+        indices = refine_tokens(tokenizer, images, tokenizer.transform(latents.float()), refine)
         encoded = _now(device)
         last = tokenizer.decode_latents(indices, rectify=True)
         decoded = {"rectified": _decode(tokenizer, last, bf16)}
@@ -76,7 +79,7 @@ def latent_errors(tokenizer: ReVQTokenizer, approximate: Tensor, latents: Tensor
 
 
 @torch.no_grad()
-def check_round_trip(tokenizer: ReVQTokenizer, originals: Tensor, indices: Tensor, *, bf16: bool = False) -> dict[str, int]:
+def check_round_trip(tokenizer: ReVQTokenizer, originals: Tensor, indices: Tensor, *, bf16: bool = False, refine: int = 0) -> dict[str, int]:
     """Stored tokens must give the picture that encode and decode give at once.
 
     The indices (B,T) go through bytes, as a model's training data would store them, and are decoded; the images are encoded and decoded again.
@@ -89,7 +92,7 @@ def check_round_trip(tokenizer: ReVQTokenizer, originals: Tensor, indices: Tenso
     with full_float32(tokenizer.device), _autocast(tokenizer.device, bf16):
         ours = to_uint8(tokenizer.decode(restored))
     with full_float32(tokenizer.device):
-        again = tokenizer.encode(to_signed(originals))
+        again = tokenizer.encode(to_signed(originals), refine=refine)
         with _autocast(tokenizer.device, bf16):
             theirs = to_uint8(tokenizer.decode(again))
     return {"images": len(originals), "largest_difference": int((ours.int() - theirs.int()).abs().max())}

@@ -86,6 +86,11 @@ UNLIKE = [
     Unlike("images", {"fingerprints.images": "b" * 16}, f"not comparable: images differ (a: {'a' * 16}, b: {'b' * 16})"),
     Unlike("weights", {"protocol.weights.rfid.sha256": "c" * 64}, f"not comparable: weights of rfid differ (a: none, b: {'c' * 16})"),
     Unlike("precision", {"protocol.precision": "bf16"}, "not comparable: decoder precision differ (a: fp32, b: bf16)"),
+    Unlike(
+        "refinement",
+        {"protocol.refine_steps": 8},
+        "tokens were refined for unlike numbers of steps (a: 0, b: 8), which cost time when encoding",
+    ),
 ]
 
 
