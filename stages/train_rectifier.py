@@ -266,6 +266,9 @@ def _update(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, los
     shared = ranks.sum_tensors(loss.detach().clone()).div_(ranks.world_size())
     watch_for_bad_steps(state, shared, norm.to(shared.device))
     state.optimizer.step()
+    if codebooks.grad is not None:
+        # The quantizer's search follows the codes by their version, and the fused optimizer does not count its changes.
+        torch.autograd.graph.increment_version(codebooks)
     state.step += 1
     update_average(state.average, state.rectifier, config.ema, state.step)
     if not frozen and state.step % inputs.steps_per_epoch(config.batch_size) == 0:

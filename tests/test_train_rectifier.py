@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from revq import LatentStore, ReVQTokenizer
 from revq.errors import ConfigError, MismatchError, OutputError, TrainingError
 from revq.models.codebooks import load_codebooks
+from revq.models.quantizer import MultiGroupQuantizer
 from revq.stages import training_data
 from revq.stages.checkpoints import resume
 from revq.stages.events import Advance, Event, Note, run_quietly
@@ -200,6 +201,16 @@ def test_a_batch_looked_up_in_the_table_equals_one_quantized_anew(
 def test_without_a_validation_split_whole_images_are_held_out(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     result = run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", val_split="none")))
     assert result["validated_on"] == "last 2 % of train"
+
+
+def test_codes_that_a_step_moved_are_searched_where_they_are_now(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    ready = prepared(small_store, small_codebooks, tmp_path, codebook_lr=0.3)
+    for _ in range(3):
+        ready.step()
+    quantizer, transform = ready.state.quantizer, ready.inputs.transform
+    coordinates = transform(ready.inputs.val.batch(torch.arange(len(ready.inputs.val))))
+    anew = MultiGroupQuantizer(quantizer.codebooks.detach().clone())
+    assert torch.equal(quantizer.encode(coordinates), anew.encode(coordinates))
 
 
 def test_unused_codes_move_beside_used_ones(small_store: Path, small_codebooks: Path) -> None:
