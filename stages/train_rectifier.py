@@ -3,23 +3,23 @@
     revq train-rectifier STORE CODEBOOKS OUT --steps 2000
 
 In: a latent store and fitted codebooks. Out: a run folder with `tokenizer/` (the result), `checkpoints/`, `metrics.parquet`,
-`tensorboard/` and `config.json`. The same command again resumes, and ends with the same tokenizer as a run never stopped.
+`tensorboard/`, `config.json`, and `usage.parquet` where codebooks were trained. The same command again resumes, and ends with the same
+tokenizer as a run never stopped.
 
 Two phases. First mean squared error of standardised latents as in the paper, times the transform's scale (1 but for the decoder
 transform, whose coordinates weigh a position by how much it moves the picture). Then, for `finish_steps`, the loss is taken
 through the frozen decoder, decode(rectified) against decode(cached latent); only this phase (and `previews`) needs the VAE.
 
-Read beside it: training_data.py (rows and batch order), network.py (precision, compilation, ranks), objectives.py and schedules.py (pure
-functions), train_state.py, validation.py, checkpoints.py, training_log.py. Under torchrun each rank holds its part of the latents; gradients,
-counts and validation are shared, and the global batch is the same one that a single process would take.
+Read beside it: training_data.py (rows and batch order), frozen_table.py (tokens computed once), network.py (precision, compilation, ranks),
+objectives.py and schedules.py (pure functions), train_state.py (and what ends a run), validation.py, checkpoints.py, live_figures.py,
+training_log.py. Under torchrun each rank holds its part of the latents; gradients, counts and validation are shared, and the global batch is
+the same one that a single process would take.
 
 Shapes: N latents, B batch, C,H,W latent channels, rows, columns, T tokens per image, K codes per codebook, D dims per token.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,25 +34,28 @@ from ..cache.store import LatentStore
 from ..errors import ConfigError, OutputError
 from ..files import claim_output, read_json, sha256_file
 from ..models.codebooks import CODEBOOKS_NAME, load_codebooks
-from ..models.quantizer import code_counts, reset_unused, usage
+from ..models.quantizer import code_counts, reset_unused
 from ..models.rectifier import BLOCKS, update_average
 from ..models.tokenizer import ReVQTokenizer
 from . import ranks
-from .checkpoints import load_best, resume, save_checkpoint
+from .checkpoints import began_with, resume, save_checkpoint, take_weights
+from .codebook_usage import codebook_figures, mean_usage, write_final_usage
 from .events import Advance, Begin, Event, Note, Result
+from .frozen_table import FrozenTable, quantize_once
+from .live_figures import LOG_EVERY, LiveFigures, row_is_due
 from .network import COMPILE, RectifierNetwork, open_network
 from .objectives import PictureLoss, latent_loss
-from .schedules import SCHEDULES, decay, first_phase_factor, last_phase_factor
-from .train_state import TrainState, mean_loss, new_state, note_best, refuse_bad_steps, stop_early, watch_for_bad_steps
+from .schedules import SCHEDULES, decay, evaluation_interval, first_phase_factor, last_phase_factor
+from .train_state import LATENT_SCORE, PICTURE_SCORE, TrainState, chosen_step, judge, new_state, stop_early, watch_for_bad_steps
 from .trained_tokenizer import build_tokenizer, result, save_tokenizer
-from .training_data import LATENTS, FrozenTable, Inputs, open_inputs, quantize_once
+from .training_data import LATENTS, Inputs, open_inputs
 from .training_log import TrainingLog, require_wandb
-from .validation import codebook_usage, preview, validate
+from .validation import picture_error, preview, validate
 
 RUN_KIND = "revq-rectifier-run"
-_LOG_EVERY = 25
 # What may change from one command to the next on the same folder: none of it shapes the weights beyond rounding.
-_RUNTIME_ONLY = {"store", "codebooks", "out", "device", "vae", "overwrite", "compile", "previews", "keep", "wandb"}
+# (How latents are read does shape the order: a checkpoint says how its run began, and `resume` refuses the other way.)
+_RUNTIME_ONLY = {"store", "codebooks", "out", "device", "vae", "overwrite", "compile", "previews", "keep", "wandb", "latents"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,8 @@ class TrainRectifierConfig:
     block: str = "conv"
     """Kind of block: "conv", which gained more in short runs (docs/rectifier.md), or "efficientvit" (the paper)."""
     latents: str = "auto"
-    """"resident" in memory, "stream" from disk in another order, or "auto": resident where they fit in half of what is free."""
+    """"resident" in memory, "stream" from disk in another order, or "auto": as the run began, and a new one resident where half of the free memory
+    holds the latents and, with frozen codebooks, their tokens."""
     precision: str = "auto"
     """"bf16" autocast, "fp32", or "auto": bf16 on CUDA and on a CPU with bf16 instructions, fp32 elsewhere. Weights are float32 always."""
     compile: str = "auto"
@@ -105,11 +109,12 @@ class TrainRectifierConfig:
     ema: float = 0.999
     """Decay of the moving average of the rectifier's weights, which is what the tokenizer gets; 0 turns it off."""
     evaluations: int = 20
-    """How often in a run to validate and to save a checkpoint."""
+    """How often in a run to validate and to save a checkpoint: evenly over its steps, but at least 4 times in each phase where this allows."""
     keep: int = 2
     """Checkpoints kept, besides the best and that of the first phase's end."""
     patience: int | None = None
-    """End a phase after so many evaluations without a better one, and give the tokenizer the best weights; None trains to the end."""
+    """End a phase after so many evaluations without a better one, and give the tokenizer the best weights; None trains to the end, and takes the
+    last weights, but after a last phase that ends no better than it began the best ones."""
     previews: int = 0
     """Validation latents decoded at each evaluation: PSNR and pictures in TensorBoard. Above 0 it needs the VAE."""
     wandb: bool = False
@@ -171,9 +176,10 @@ def train_rectifier(config: TrainRectifierConfig) -> Iterator[Event]:
         StoreError, CodebookError, MismatchError, VAEError, OutputError, TrainingError, ConfigError: see their messages.
     """
     store, fitted, out = LatentStore.open(config.store), load_codebooks(config.codebooks), Path(config.out)
-    inputs = open_inputs(config, store, fitted)
+    identity = _identity(config, store)
+    inputs = open_inputs(config, store, fitted, None if config.overwrite else began_with(out, identity))
     state = new_state(config, inputs, fitted.codebooks)
-    _claim(config, store, out)
+    ranks.on_first(lambda: claim_output(out, kind=RUN_KIND, identity=identity, overwrite=config.overwrite))
     if _is_complete(out, state.planned):
         yield Note(text=f"{out} is complete already")
         yield Result(value=result(config, ReVQTokenizer.from_pretrained(out / "tokenizer")))
@@ -184,9 +190,13 @@ def train_rectifier(config: TrainRectifierConfig) -> Iterator[Event]:
         yield from _loop(config, inputs, state, run, out)
     finally:
         run.log.close()
-    if config.patience is not None:
-        load_best(state, out / "checkpoints", inputs.device)
-    tokenizer = build_tokenizer(config, inputs, state, fitted)
+    step, reason = chosen_step(state, config.patience)
+    if reason:
+        yield Note(text=reason, warning=True)
+    step = yield from take_weights(state, out / "checkpoints", step, inputs.device)
+    if config.codebook_lr > 0:
+        yield from write_final_usage(inputs, state, out)
+    tokenizer = build_tokenizer(config, inputs, state, fitted, step)
     if ranks.rank() == 0:
         save_tokenizer(tokenizer, out / "tokenizer")
     ranks.barrier()
@@ -194,26 +204,38 @@ def train_rectifier(config: TrainRectifierConfig) -> Iterator[Event]:
 
 
 def _loop(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: _Run, out: Path) -> Iterator[Event]:
-    """Evaluate and save if due, stop if last, step. The device is waited for at log points alone."""
-    due = max(1, math.ceil(state.planned[1] / config.evaluations))
-    yield Begin(task="train", total=state.total_steps, unit="steps", done=state.step)
-    logged_at, logged_when, live = state.step, time.perf_counter(), dict[str, float]()
+    """Evaluate and save if due, stop if last, step. The device is waited for at log points, and where an epoch's order is copied to it."""
+    yield _begin(state)
+    live, shown = LiveFigures(config, inputs, state), dict[str, float]()
     while True:
-        if state.done or state.step % due == 0 or state.step == state.first_steps:
-            refuse_bad_steps(state)
+        if _evaluation_is_due(config, state):
+            shown |= live.read(state)
             if not state.history or state.history[-1]["step"] < state.step:
                 yield from _evaluate(config, inputs, state, run, live, out)
-            yield Advance(done=state.step, values={**_shown(state.history[-1]), **live})
-            logged_at, logged_when = state.step, time.perf_counter()
+            yield Advance(done=state.step, values=_shown(config, state, shown))
+            live.restart(state)
+        elif state.step % LOG_EVERY == 0:
+            shown = live.read(state)
+            if row_is_due(state):
+                state.history.append({"step": state.step, "lr": _last_rate(state), **live.row(state)})
+                run.log.row(state.history)
+            yield Advance(done=state.step, values=_shown(config, state, shown))
         if state.done:
             return
         _step(config, inputs, state, run)
-        if state.step % _LOG_EVERY == 0:
-            refuse_bad_steps(state)
-            images = (state.step - logged_at) * (config.finish_batch_size if state.finishing else config.batch_size)
-            live = {"loss": mean_loss(state), "images/s": images / max(1e-9, time.perf_counter() - logged_when)}
-            logged_at, logged_when = state.step, time.perf_counter()
-            yield Advance(done=state.step, values={**_shown(state.history[-1]), **live})
+
+
+def _begin(state: TrainState) -> Begin:
+    """Of either phase: their steps take different times."""
+    task = "train through the decoder" if state.finishing and not state.done else "train"
+    return Begin(task=task, total=max(1, state.total_steps), unit="steps", done=state.step)
+
+
+def _evaluation_is_due(config: TrainRectifierConfig, state: TrainState) -> bool:
+    """At the start and the end of each phase, and evenly between."""
+    first, total = state.planned
+    into, steps = (state.step - state.first_steps, total - first) if state.finishing else (state.step, first)
+    return state.done or into % evaluation_interval(steps, total, config.evaluations) == 0
 
 
 def _step(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: _Run) -> Tensor:
@@ -223,21 +245,19 @@ def _step(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: 
     else:
         index, latents = inputs.take(config.batch_size, config.seed, state.step)
     standardised = inputs.transform.standardize(latents)
-    codebook_loss = torch.zeros((), device=inputs.device)
+    loss = codebook_loss = torch.zeros((), device=inputs.device)
     if run.train is not None:
         quantized = run.train.batch(index, inputs.transform, state.quantizer)
     else:
         quantized, codebook_loss = _quantize(config, inputs, state, standardised)
-    if config.width == 0:
-        loss = codebook_loss
-    elif state.finishing:
+    if state.finishing:
         assert run.pictures is not None
         with run.network.autocast(inputs.device):
             loss = run.pictures(run.network(quantized), latents)
-    else:
-        loss = latent_loss(run.network(quantized), standardised, inputs.transform.scale) + codebook_loss
-    _update(config, inputs, state, loss)
-    return loss.detach()
+    elif config.width:
+        loss = latent_loss(run.network(quantized), standardised, inputs.transform.scale)
+    _update(config, inputs, state, torch.stack([loss, codebook_loss]))
+    return (loss + codebook_loss).detach()
 
 
 def _quantize(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, standardised: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,20 +270,20 @@ def _quantize(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, s
     return inputs.transform.from_coordinates(coordinates.detach()), loss
 
 
-def _update(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, loss: Tensor) -> None:
-    """Backward, clip, step, average, reset unused codes at the end of an epoch; never waits for the device."""
+def _update(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, losses: Tensor) -> None:
+    """Backward from losses (2,), clip, step, average, reset unused codes at the end of an epoch; never waits for the device."""
     frozen = config.codebook_lr == 0 or state.finishing
     rectifier_group, codebook_group = state.optimizer.param_groups
     rectifier_group["lr"] = _learning_rate(config, state)
     codebook_group["lr"] = 0.0 if frozen else config.codebook_lr * decay(config.schedule, state.step, state.planned[0])
     state.optimizer.zero_grad()
-    if loss.requires_grad:
-        loss.backward()
+    if losses.requires_grad:
+        losses.sum().backward()
     codebooks = state.quantizer.codebooks
     if codebooks.grad is not None and ranks.world_size() > 1:
         ranks.sum_tensors(codebooks.grad).div_(ranks.world_size())
     norm = torch.nn.utils.clip_grad_norm_(state.rectifier.parameters(), 1.0)
-    shared = ranks.sum_tensors(loss.detach().clone()).div_(ranks.world_size())
+    shared = ranks.sum_tensors(losses.detach().clone()).div_(ranks.world_size())
     watch_for_bad_steps(state, shared, norm.to(shared.device))
     state.optimizer.step()
     if codebooks.grad is not None:
@@ -277,8 +297,8 @@ def _update(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, los
 
 @torch.no_grad()
 def _reset_unused(state: TrainState, seed: int) -> None:
-    """The paper's non-activation reset, by the counts of all ranks."""
-    state.usage = float(usage(ranks.sum_tensors(state.counts)).mean())
+    """The paper's non-activation reset, by the counts of all ranks; how the codes were used until now stays on the device."""
+    state.usage = mean_usage(ranks.sum_tensors(state.counts))
     reset_unused(state.quantizer.codebooks, state.counts, seed=seed * 1_000_003 + state.step)
     state.counts.zero_()
 
@@ -290,36 +310,40 @@ def _learning_rate(config: TrainRectifierConfig, state: TrainState) -> float:
     return config.lr * first_phase_factor(config.schedule, state.step, state.planned[0])
 
 
-def _evaluate(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: _Run, live: dict[str, float], out: Path) -> Iterator[Event]:
-    """Validate, log, save a checkpoint, and end the phase where it no longer gets better."""
-    finishing = state.step > state.first_steps
-    figures = validate(inputs, state, run.val, run.pictures if finishing else None)
-    lr = state.optimizer.param_groups[0]["lr"] if state.step else _learning_rate(config, state)  # of the step just taken
-    row: dict[str, Any] = {"step": state.step, "lr": lr, **figures, "codebook_usage": codebook_usage(state)}
-    if state.history:
-        row |= {"train_loss": mean_loss(state), **({"images_per_s": live["images/s"]} if live else {})}
-    if inputs.device.type == "cuda":
-        row["device_memory_gib"] = torch.cuda.max_memory_allocated(inputs.device) / 2**30
+def _last_rate(state: TrainState) -> float:
+    """The rectifier's learning rate of the step just taken."""
+    return float(state.optimizer.param_groups[0]["lr"])
+
+
+def _evaluate(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: _Run, live: LiveFigures, out: Path) -> Iterator[Event]:
+    """Validate, end the phase where it no longer gets better, log, save a checkpoint; a diverged run ends before anything is written."""
+    lr = _last_rate(state) if state.step else _learning_rate(config, state)
+    row: dict[str, Any] = {"step": state.step, "lr": lr, **live.row(state), **codebook_figures(state), **validate(inputs, state, run.val)}
+    in_last_phase = state.step > state.first_steps
+    if in_last_phase:
+        row |= picture_error(inputs, state, run.val, run.pictures)
+    state.history.append(row)
+    best = judge(state, row, PICTURE_SCORE if in_last_phase else LATENT_SCORE)
+    stopped = stop_early(state, config.patience)
+    if state.step == state.first_steps < state.total_steps:  # where the last phase begins, to be judged by a score of its own
+        row |= picture_error(inputs, state, run.val, run.pictures)
+        best = judge(state, row, PICTURE_SCORE)
     if config.previews and config.width and ranks.rank() == 0:
         previewed, picture = preview(inputs, state, run.val, config.previews)
         row |= previewed
         run.log.picture("previews: vae, quantized, rectified", picture, state.step)
-    state.history.append(row)
-    state.loss_sum.zero_()
-    best = note_best(state, row["val_loss"], finishing)
-    stopped = stop_early(state, finishing, config.patience)
     run.log.row(state.history)
     save_checkpoint(state, out / "checkpoints", keep=config.keep, best=best)
     if stopped:
         yield Note(text=stopped)
-        yield Begin(task="train", total=max(1, state.total_steps), unit="steps", done=state.step)
+    if stopped or state.step == state.first_steps > 0:
+        yield _begin(state)
 
 
-def _claim(config: TrainRectifierConfig, store: LatentStore, out: Path) -> None:
-    """Rank 0 makes `out` the folder of this run."""
+def _identity(config: TrainRectifierConfig, store: LatentStore) -> dict[str, Any]:
+    """What makes a run folder this run's."""
     codebooks_sha256 = sha256_file(Path(config.codebooks) / CODEBOOKS_NAME)
-    identity = {**config.identity(), "store_fingerprint": store.fingerprint, "codebooks_sha256": codebooks_sha256}
-    ranks.on_first(lambda: claim_output(out, kind=RUN_KIND, identity=identity, overwrite=config.overwrite))
+    return {**config.identity(), "store_fingerprint": store.fingerprint, "codebooks_sha256": codebooks_sha256}
 
 
 def _is_complete(out: Path, planned: tuple[int, int]) -> bool:
@@ -344,11 +368,11 @@ def _prepare(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, ou
     if note:
         yield Note(text=note, warning=True)
     train = val = pictures = None
-    if config.codebook_lr == 0:
-        val = quantize_once(inputs.val, inputs.transform, state.quantizer)
     if config.codebook_lr == 0 and isinstance(inputs.train, ResidentLatents):
-        train = quantize_once(inputs.train, inputs.transform, state.quantizer)
-        state.counts = code_counts(train.tokens.long(), state.counts.shape[1])
+        train = yield from quantize_once(inputs.train, config.split, inputs.transform, state.quantizer)
+        state.counts = train.counts
+    if config.codebook_lr == 0:
+        val = yield from quantize_once(inputs.val, inputs.val_name, inputs.transform, state.quantizer)
     if inputs.vae is not None:
         pictures = PictureLoss(vae=inputs.vae, transform=inputs.transform, lpips=inputs.lpips, lpips_weight=config.finish_lpips)
     settings = {**config.identity(), "epochs": config.epochs, "steps": config.steps}
@@ -356,6 +380,14 @@ def _prepare(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, ou
     return _Run(network=network, train=train, val=val, pictures=pictures, log=log)
 
 
-def _shown(row: dict[str, Any]) -> dict[str, float]:
-    """The figures worth watching, under the names that the progress bar has room for."""
-    return {"quantized": row["val_mse_quantized"], "rectified": row["val_mse_rectified"]}
+def _shown(config: TrainRectifierConfig, state: TrainState, live: dict[str, float]) -> dict[str, float]:
+    """The figures worth watching, under the names that the progress line has room for."""
+    names = {"quantized": "val_mse_quantized", "rectified": "val_mse_rectified", "preview_db": "preview_rectified_db"}
+    if config.codebook_lr > 0:
+        names["usage"] = "codebook_usage"
+    row = state.evaluations[-1]
+    shown = {short: row[name] for short, name in names.items() if name in row}
+    if state.usage is not None:
+        shown["usage"] = float(state.usage[0])
+    short_names = {"images_per_s": "images/s", "device_memory_gib": "GiB"}
+    return shown | {short_names.get(name, name): value for name, value in live.items()}

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from .train_rectifier import TrainRectifierConfig
 
 
-def build_tokenizer(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, fitted: Codebooks) -> ReVQTokenizer:
-    """Transform, codebooks and averaged rectifier of a state that has reached its end."""
+def build_tokenizer(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, fitted: Codebooks, step: int) -> ReVQTokenizer:
+    """Transform, codebooks and averaged rectifier of a state that has reached its end and holds the weights of `step`."""
     tokens, codes, _ = fitted.codebooks.shape
     encoding = inputs.store.encoding
-    last = _chosen(config, state)
+    row = next(row for row in state.evaluations if row["step"] == step)
     tokenizer = ReVQTokenizer(
         {
             "kind": TOKENIZER_KIND,
@@ -35,9 +35,10 @@ def build_tokenizer(config: TrainRectifierConfig, inputs: Inputs, state: TrainSt
             "rectifier": state.rectifier.settings if config.width else None,
             "vae": encoding.vae,
             "store_fingerprint": inputs.store.fingerprint,
-            "metrics": {"val_mse_quantized": last["val_mse_quantized"], "val_mse_rectified": last["val_mse_rectified"]},
+            "metrics": {"val_mse_quantized": row["val_mse_quantized"], "val_mse_rectified": row["val_mse_rectified"]},
             "validated_on": inputs.val_name,
             "steps": state.total_steps,
+            "weights_of_step": step,
             "planned_steps": list(state.planned),
         }
     )
@@ -46,13 +47,6 @@ def build_tokenizer(config: TrainRectifierConfig, inputs: Inputs, state: TrainSt
     if tokenizer.rectifier is not None:
         tokenizer.rectifier.load_state_dict(state.average.state_dict())
     return tokenizer
-
-
-def _chosen(config: TrainRectifierConfig, state: TrainState) -> dict[str, Any]:
-    """The row of metrics of the weights that the tokenizer gets."""
-    if config.patience is None:
-        return state.history[-1]
-    return next(row for row in state.history if row["step"] == state.best["step"])
 
 
 def save_tokenizer(tokenizer: ReVQTokenizer, folder: Path) -> None:

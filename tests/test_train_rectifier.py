@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from revq import LatentStore, ReVQTokenizer
 from revq.errors import ConfigError, MismatchError, OutputError, TrainingError
 from revq.models.codebooks import load_codebooks
 from revq.models.quantizer import MultiGroupQuantizer
-from revq.stages import training_data
+from revq.stages import frozen_table
 from revq.stages.checkpoints import resume
-from revq.stages.events import Advance, Event, Note, run_quietly
+from revq.stages.events import Advance, Begin, Event, Note, run_quietly
 from revq.stages.train_rectifier import TrainRectifierConfig, _prepare, _reset_unused, _step, train_rectifier
 from revq.stages.train_state import new_state
 from revq.stages.training_data import open_inputs
@@ -39,6 +39,17 @@ SMALL = {"steps": 12, "batch_size": 16, "width": 32, "depth": 1, "evaluations": 
 
 def config(store: Path, codebooks: Path, out: Path, **changes: object) -> TrainRectifierConfig:
     return TrainRectifierConfig(**{"store": str(store), "codebooks": str(codebooks), "out": str(out), **SMALL, **changes})  # type: ignore[arg-type]
+
+
+def stop_at(step: int, events: Iterator[Event]) -> None:
+    """Take the events of a run until it tells of that step, then close it as Ctrl-C would."""
+    training = False
+    for event in events:
+        if isinstance(event, Begin):
+            training = event.task.startswith("train")
+        if training and isinstance(event, Advance) and event.done >= step:
+            break
+    events.close()  # type: ignore[attr-defined]
 
 
 def weights(out: Path) -> bytes:
@@ -85,12 +96,8 @@ def test_stopped_at_any_step_and_given_again_it_ends_with_the_same_weights(
 ) -> None:
     changes = {"codebook_lr": codebook_lr, "finish_steps": 4, "finish_batch_size": 4}
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "whole", **changes)))
-    for stop_at in (4, 8, 12):
-        stopped = train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes))
-        for event in stopped:
-            if isinstance(event, Advance) and event.done == stop_at:
-                stopped.close()  # type: ignore[attr-defined]
-                break
+    for step in (4, 8, 12, 14):
+        stop_at(step, train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes)))
     events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes)))
     assert any(isinstance(event, Note) and "resuming at step" in event.text for event in events)
     assert weights(tmp_path / "whole") == weights(tmp_path / "stopped")
@@ -125,11 +132,7 @@ def newest_step(run: Path) -> int:
 
 def test_a_torn_checkpoint_is_said_and_the_one_before_is_used(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "whole")))
-    stopped = train_rectifier(config(small_store, small_codebooks, tmp_path / "torn"))
-    for event in stopped:
-        if isinstance(event, Advance) and event.done == 9:
-            stopped.close()  # type: ignore[attr-defined]
-            break
+    stop_at(9, train_rectifier(config(small_store, small_codebooks, tmp_path / "torn")))
     newest = sorted((tmp_path / "torn" / "checkpoints").iterdir())[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
     notes = [event.text for event in train_rectifier(config(small_store, small_codebooks, tmp_path / "torn")) if isinstance(event, Note)]
@@ -171,9 +174,7 @@ def test_streamed_latents_are_resumed_to_the_same_weights_and_not_mixed_with_res
 ) -> None:
     changes = {"latents": "stream", "steps": 20, "codebook_lr": 0.0}
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "whole", **changes)))
-    stopped = train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes))
-    next(event for event in stopped if isinstance(event, Advance) and event.done == 10)
-    stopped.close()  # type: ignore[attr-defined]
+    stop_at(10, train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes)))
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes)))
     assert weights(tmp_path / "whole") == weights(tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "tokenizer")
@@ -186,7 +187,7 @@ def test_streamed_latents_are_resumed_to_the_same_weights_and_not_mixed_with_res
 def test_a_batch_looked_up_in_the_table_equals_one_quantized_anew(
     small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
 ) -> None:
-    monkeypatch.setattr(training_data, "_QUANTIZED_TABLE_BYTES", 1 << 30 if held else 0)
+    monkeypatch.setattr(frozen_table, "_QUANTIZED_BYTES", 1 << 30 if held else 0)
     settings = config(small_store, small_codebooks, Path("unused"), codebook_lr=0.0)
     fitted = load_codebooks(small_codebooks)
     inputs = open_inputs(settings, LatentStore.open(small_store), fitted)
@@ -263,7 +264,7 @@ def test_validation_counts_no_codes(small_store: Path, small_codebooks: Path, tm
     ready.step()
     counts = ready.state.counts.clone()
     assert int(counts.sum()) == 16 * 512  # a batch of 16, a code for each of 512 tokens
-    validate(ready.inputs, ready.state, ready.run.val, None)
+    validate(ready.inputs, ready.state, ready.run.val)
     assert torch.equal(ready.state.counts, counts)
 
 
@@ -366,7 +367,7 @@ def test_lpips_joins_the_loss_of_the_last_phase(small_store: Path, small_codeboo
     settings = {"steps": 0, "finish_steps": 2, "finish_batch_size": 4, "evaluations": 1}
     for weight in (0.0, 1.0):
         run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / str(weight), finish_lpips=weight, **settings)))
-    plain, perceptual = (pq.read_table(tmp_path / name / "metrics.parquet")["val_loss"][-1].as_py() for name in ("0.0", "1.0"))
+    plain, perceptual = (pq.read_table(tmp_path / name / "metrics.parquet")["val_picture_loss"][-1].as_py() for name in ("0.0", "1.0"))
     assert perceptual > 1.01 * plain
 
 
