@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import pytest
 import torch
 from random_weights import save_random_alexnet
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import config, made_by, newest_step, prepared, stop_at, weights
 
 from revq import LatentStore, ReVQTokenizer
 from revq.errors import ConfigError, MismatchError, OutputError, TrainingError
@@ -28,41 +28,11 @@ from revq.models.codebooks import load_codebooks
 from revq.models.quantizer import MultiGroupQuantizer
 from revq.stages import frozen_table
 from revq.stages.checkpoints import resume
-from revq.stages.events import Advance, Begin, Event, Note, run_quietly
-from revq.stages.train_rectifier import TrainRectifierConfig, _prepare, _reset_unused, _step, train_rectifier
+from revq.stages.events import Note, run_quietly
+from revq.stages.train_rectifier import _prepare, _reset_unused, _step, train_rectifier
 from revq.stages.train_state import new_state
 from revq.stages.training_data import open_inputs
 from revq.stages.validation import validate
-
-SMALL = {"steps": 12, "batch_size": 16, "width": 32, "depth": 1, "evaluations": 4}
-
-
-def config(store: Path, codebooks: Path, out: Path, **changes: object) -> TrainRectifierConfig:
-    return TrainRectifierConfig(**{"store": str(store), "codebooks": str(codebooks), "out": str(out), **SMALL, **changes})  # type: ignore[arg-type]
-
-
-def stop_at(step: int, events: Iterator[Event]) -> None:
-    """Take the events of a run until it tells of that step, then close it as Ctrl-C would."""
-    training = False
-    for event in events:
-        if isinstance(event, Begin):
-            training = event.task.startswith("train")
-        if training and isinstance(event, Advance) and event.done >= step:
-            break
-    events.close()  # type: ignore[attr-defined]
-
-
-def weights(out: Path) -> bytes:
-    return (out / "tokenizer" / "model.safetensors").read_bytes()
-
-
-def made_by(events: Generator[Event, None, Any]) -> Any:
-    """What a generator of events returns."""
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            return stop.value
 
 
 def test_a_run_leaves_a_tokenizer_metrics_checkpoints_and_tensorboard_events(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
@@ -123,11 +93,6 @@ def test_killed_at_random_instants_and_given_again_it_ends_with_the_same_weights
     assert newest_step(tmp_path / "killed") > 0
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "killed", **changes)))
     assert weights(tmp_path / "whole") == weights(tmp_path / "killed")
-
-
-def newest_step(run: Path) -> int:
-    """Of its checkpoints; -1 where there is none."""
-    return max((int(path.stem[5:]) for path in run.glob("checkpoints/step-*.pt")), default=-1)
 
 
 def test_a_torn_checkpoint_is_said_and_the_one_before_is_used(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
@@ -236,29 +201,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(small_store:
     assert not (tmp_path / "run" / "tokenizer").exists()
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """Everything that steps need."""
-
-    settings: TrainRectifierConfig
-    inputs: Any
-    state: Any
-    run: Any
-
-    def step(self) -> torch.Tensor:
-        return _step(self.settings, self.inputs, self.state, self.run)
-
-    def weights(self) -> list[torch.Tensor]:
-        return [tensor.clone() for module in (self.state.rectifier, self.state.quantizer) for tensor in module.state_dict().values()]
-
-
-def prepared(store: Path, codebooks: Path, out: Path, **changes: object) -> Prepared:
-    settings, fitted = config(store, codebooks, out, **changes), load_codebooks(codebooks)
-    inputs = open_inputs(settings, LatentStore.open(store), fitted)
-    state = new_state(settings, inputs, fitted.codebooks)
-    return Prepared(settings, inputs, state, made_by(_prepare(settings, inputs, state, out)))
-
-
 def test_validation_counts_no_codes(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     ready = prepared(small_store, small_codebooks, tmp_path, codebook_lr=0.01, steps=3)
     ready.step()
@@ -282,23 +224,25 @@ def test_from_a_step_that_is_not_finite_on_no_weight_changes(small_store: Path, 
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails on every operation whose result the host must wait for, but in the search by product: on CUDA the fused one takes its place."""
+    """Fails on every operation whose result the host must wait for, but in the search by product (on CUDA the fused one takes its place) and
+    in what moves unused codes."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(function)
         if name.startswith(("aten._local_scalar_dense", "aten.equal", "aten.nonzero")):
-            searching = any(frame.name == "_nearest_by_product" for frame in traceback.extract_stack())
-            assert searching, f"{name} waits for the device"
+            allowed = {"_nearest_by_product", "reset_unused"}
+            assert any(frame.name in allowed for frame in traceback.extract_stack()), f"{name} waits for the device"
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("codebook_lr", [0.0, 0.01], ids=["frozen codebooks", "trained codebooks"])
 def test_a_step_never_waits_for_the_device(small_store: Path, small_codebooks: Path, tmp_path: Path, codebook_lr: float) -> None:
-    ready = prepared(small_store, small_codebooks, tmp_path, codebook_lr=codebook_lr, steps=2, finish_steps=2, finish_batch_size=4)
+    ready = prepared(small_store, small_codebooks, tmp_path, codebook_lr=codebook_lr, batch_size=40, steps=4, finish_steps=2, finish_batch_size=4)
     with NoWaiting():
-        for _ in range(4):
+        for _ in range(6):  # an epoch ends after the third
             ready.step()
     assert ready.state.done
+    assert (ready.state.usage is not None) == (codebook_lr > 0)
 
 
 def test_ten_epochs_and_ten_more_equal_twenty(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
