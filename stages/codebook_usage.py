@@ -22,18 +22,20 @@ from .training_data import Inputs
 
 USAGE_NAME = "usage.parquet"
 _BATCH = 256
-_CODEBOOKS_AT_ONCE = 16  # in float64, beside counts that may fill a gigabyte
-
-
-def usage_by_codebook(counts: Tensor) -> Tensor:
-    """(T,K) counts -> (T,3) float64: share of the codes used, perplexity, and codes never used. Does not wait for the device."""
-    parts = [torch.stack([usage(part), perplexity(part), dead_codes(part).double()], 1) for part in counts.split(_CODEBOOKS_AT_ONCE)]
-    return torch.cat(parts)
+_CODEBOOKS_AT_ONCE = 16
 
 
 def mean_usage(counts: Tensor) -> Tensor:
-    """(T,K) counts -> (3,) float64: mean share of the codes used, mean perplexity, and how many codes of all codebooks were never used."""
-    share, spread, dead = usage_by_codebook(counts).unbind(1)
+    """(T,K) counts -> (3,) float32: mean share of the codes used, mean perplexity, and how many codes of all codebooks were never used.
+
+    It stays on the device, and so is float32, which MPS has too; a few codebooks at a time, since counts may fill half a gigabyte.
+    """
+    parts = []
+    for some in counts.split(_CODEBOOKS_AT_ONCE):
+        frequency = some.float() / some.sum(1, keepdim=True).clamp_min(1)
+        used = (some > 0).sum(1)
+        parts.append(torch.stack([used / some.shape[1], torch.special.entr(frequency).sum(1).exp(), some.shape[1] - used]))
+    share, spread, dead = torch.cat(parts, 1)
     return torch.stack([share.mean(), spread.mean(), dead.sum()])
 
 
@@ -58,8 +60,9 @@ def write_final_usage(inputs: Inputs, state: TrainState, out: Path) -> Generator
         counts += code_counts(state.quantizer.encode(inputs.transform(latents)), counts.shape[1])
         done += len(latents)
         yield Advance(done=done)
-    share, spread, dead = usage_by_codebook(ranks.sum_tensors(counts)).T.tolist()
+    counts = ranks.sum_tensors(counts)
+    figures = {"usage": usage(counts), "perplexity": perplexity(counts), "dead": dead_codes(counts)}
     if ranks.rank() == 0:
-        table = pa.table({"token": list(range(len(share))), "usage": share, "perplexity": spread, "dead": [int(value) for value in dead]})
+        table = pa.table({"token": list(range(len(counts))), **{name: values.tolist() for name, values in figures.items()}})
         with replacing(out / USAGE_NAME) as temporary:
             pq.write_table(table, temporary)

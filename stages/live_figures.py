@@ -41,6 +41,7 @@ class LiveFigures:
 
     def __init__(self, config: TrainRectifierConfig, inputs: Inputs, state: TrainState) -> None:
         self._config, self._inputs, self._row = config, inputs, _Window()
+        self._last: dict[str, float] = {}
         self.restart(state)
 
     def restart(self, state: TrainState) -> None:
@@ -56,7 +57,20 @@ class LiveFigures:
         state.loss_sum.zero_()
         self._row = _Window(*(a + b for a, b in zip(astuple(self._row), astuple(window), strict=True)))
         self.restart(state)
-        return self._memory() | self._means(window, state)
+        self._last = self._means(window, state) | self._memory()
+        return self._last
+
+    def shown(self, state: TrainState) -> dict[str, float]:
+        """What was read last and what was evaluated last, under the names that the progress line has room for. Waits for the device."""
+        names = {"quantized": "val_mse_quantized", "rectified": "val_mse_rectified", "preview_db": "preview_rectified_db"}
+        if self._config.codebook_lr > 0:
+            names["usage"] = "codebook_usage"
+        evaluation = state.evaluations[-1]
+        shown = {short: evaluation[name] for short, name in names.items() if name in evaluation}
+        if state.usage is not None:
+            shown["usage"] = float(state.usage[0])
+        short_names = {"images_per_s": "images/s", "device_memory_gib": "GiB"}
+        return shown | {short_names.get(name, name): value for name, value in self._last.items()}
 
     def row(self, state: TrainState) -> dict[str, float]:
         """Figures of the steps since the last row, up to the last log point."""

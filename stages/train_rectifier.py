@@ -31,8 +31,8 @@ from torch import Tensor
 
 from ..cache.batches import ResidentLatents
 from ..cache.store import LatentStore
-from ..errors import ConfigError, OutputError
-from ..files import claim_output, read_json, sha256_file
+from ..errors import ConfigError
+from ..files import claim_output, sha256_file
 from ..models.codebooks import CODEBOOKS_NAME, load_codebooks
 from ..models.quantizer import code_counts, reset_unused
 from ..models.rectifier import BLOCKS, update_average
@@ -47,7 +47,7 @@ from .network import COMPILE, RectifierNetwork, open_network
 from .objectives import PictureLoss, latent_loss
 from .schedules import SCHEDULES, decay, evaluation_interval, first_phase_factor, last_phase_factor
 from .train_state import LATENT_SCORE, PICTURE_SCORE, TrainState, chosen_step, judge, new_state, stop_early, watch_for_bad_steps
-from .trained_tokenizer import build_tokenizer, result, save_tokenizer
+from .trained_tokenizer import build_tokenizer, is_complete, result, save_tokenizer
 from .training_data import LATENTS, Inputs, open_inputs
 from .training_log import TrainingLog, require_wandb
 from .validation import picture_error, preview, validate
@@ -180,7 +180,7 @@ def train_rectifier(config: TrainRectifierConfig) -> Iterator[Event]:
     inputs = open_inputs(config, store, fitted, None if config.overwrite else began_with(out, identity))
     state = new_state(config, inputs, fitted.codebooks)
     ranks.on_first(lambda: claim_output(out, kind=RUN_KIND, identity=identity, overwrite=config.overwrite))
-    if _is_complete(out, state.planned):
+    if is_complete(out, state.planned):
         yield Note(text=f"{out} is complete already")
         yield Result(value=result(config, ReVQTokenizer.from_pretrained(out / "tokenizer")))
         return
@@ -206,20 +206,18 @@ def train_rectifier(config: TrainRectifierConfig) -> Iterator[Event]:
 def _loop(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: _Run, out: Path) -> Iterator[Event]:
     """Evaluate and save if due, stop if last, step. The device is waited for at log points, and where an epoch's order is copied to it."""
     yield _begin(state)
-    live, shown = LiveFigures(config, inputs, state), dict[str, float]()
+    live = LiveFigures(config, inputs, state)
     while True:
-        if _evaluation_is_due(config, state):
-            shown |= live.read(state)
-            if not state.history or state.history[-1]["step"] < state.step:
-                yield from _evaluate(config, inputs, state, run, live, out)
-            yield Advance(done=state.step, values=_shown(config, state, shown))
-            live.restart(state)
-        elif state.step % LOG_EVERY == 0:
-            shown = live.read(state)
-            if row_is_due(state):
+        evaluation_is_due = _evaluation_is_due(config, state)
+        if evaluation_is_due or state.step % LOG_EVERY == 0:
+            live.read(state)
+            if not evaluation_is_due and row_is_due(state):
                 state.history.append({"step": state.step, "lr": _last_rate(state), **live.row(state)})
                 run.log.row(state.history)
-            yield Advance(done=state.step, values=_shown(config, state, shown))
+            elif evaluation_is_due and (not state.history or state.history[-1]["step"] < state.step):  # a resumed run has this one
+                yield from _evaluate(config, inputs, state, run, live, out)
+            yield Advance(done=state.step, values=live.shown(state))
+            live.restart(state)
         if state.done:
             return
         _step(config, inputs, state, run)
@@ -244,6 +242,7 @@ def _step(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: 
         index, latents = inputs.take(config.finish_batch_size, config.seed + 1, state.step - state.first_steps)
     else:
         index, latents = inputs.take(config.batch_size, config.seed, state.step)
+    state.optimizer.zero_grad()
     standardised = inputs.transform.standardize(latents)
     loss = codebook_loss = torch.zeros((), device=inputs.device)
     if run.train is not None:
@@ -276,7 +275,6 @@ def _update(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, los
     rectifier_group, codebook_group = state.optimizer.param_groups
     rectifier_group["lr"] = _learning_rate(config, state)
     codebook_group["lr"] = 0.0 if frozen else config.codebook_lr * decay(config.schedule, state.step, state.planned[0])
-    state.optimizer.zero_grad()
     if losses.requires_grad:
         losses.sum().backward()
     codebooks = state.quantizer.codebooks
@@ -336,7 +334,7 @@ def _evaluate(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, r
     save_checkpoint(state, out / "checkpoints", keep=config.keep, best=best)
     if stopped:
         yield Note(text=stopped)
-    if stopped or state.step == state.first_steps > 0:
+    if stopped or 0 < state.step == state.first_steps < state.total_steps:
         yield _begin(state)
 
 
@@ -344,21 +342,6 @@ def _identity(config: TrainRectifierConfig, store: LatentStore) -> dict[str, Any
     """What makes a run folder this run's."""
     codebooks_sha256 = sha256_file(Path(config.codebooks) / CODEBOOKS_NAME)
     return {**config.identity(), "store_fingerprint": store.fingerprint, "codebooks_sha256": codebooks_sha256}
-
-
-def _is_complete(out: Path, planned: tuple[int, int]) -> bool:
-    """Whether the tokenizer of this very plan is there; one of fewer steps is replaced when the run has been made longer.
-
-    Raises:
-        OutputError: the run is already longer.
-    """
-    made = ranks.broadcast(read_json(out / "tokenizer" / "config.json"))
-    if made is None:
-        return False
-    steps = made.get("planned_steps", list(planned))
-    if steps[0] > planned[0]:
-        raise OutputError(f"{out} has been trained for {steps[0]} steps, more than the {planned[0]} asked for; choose another folder")
-    return bool(steps == list(planned))
 
 
 def _prepare(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, out: Path) -> Generator[Event, None, _Run]:
@@ -378,16 +361,3 @@ def _prepare(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, ou
     settings = {**config.identity(), "epochs": config.epochs, "steps": config.steps}
     log = TrainingLog(out, step=state.step + 1 if state.history else 0, wandb=config.wandb, settings=settings)
     return _Run(network=network, train=train, val=val, pictures=pictures, log=log)
-
-
-def _shown(config: TrainRectifierConfig, state: TrainState, live: dict[str, float]) -> dict[str, float]:
-    """The figures worth watching, under the names that the progress line has room for."""
-    names = {"quantized": "val_mse_quantized", "rectified": "val_mse_rectified", "preview_db": "preview_rectified_db"}
-    if config.codebook_lr > 0:
-        names["usage"] = "codebook_usage"
-    row = state.evaluations[-1]
-    shown = {short: row[name] for short, name in names.items() if name in row}
-    if state.usage is not None:
-        shown["usage"] = float(state.usage[0])
-    short_names = {"images_per_s": "images/s", "device_memory_gib": "GiB"}
-    return shown | {short_names.get(name, name): value for name, value in live.items()}

@@ -6,14 +6,32 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import OutputError
+from ..files import read_json
 from ..models.codebooks import Codebooks
 from ..models.rectifier import parameter_count
 from ..models.tokenizer import FORMAT_VERSION, TOKENIZER_KIND, ReVQTokenizer
+from . import ranks
 from .train_state import TrainState
 from .training_data import Inputs
 
 if TYPE_CHECKING:
     from .train_rectifier import TrainRectifierConfig
+
+
+def is_complete(out: Path, planned: tuple[int, int]) -> bool:
+    """Whether the tokenizer of this very plan is there; one of fewer steps is replaced when the run has been made longer.
+
+    Raises:
+        OutputError: the run is already longer.
+    """
+    made = ranks.broadcast(read_json(out / "tokenizer" / "config.json"))
+    if made is None:
+        return False
+    steps = made.get("planned_steps", list(planned))
+    if steps[0] > planned[0]:
+        raise OutputError(f"{out} has been trained for {steps[0]} steps, more than the {planned[0]} asked for; choose another folder")
+    return bool(steps == list(planned))
 
 
 def build_tokenizer(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, fitted: Codebooks, step: int) -> ReVQTokenizer:

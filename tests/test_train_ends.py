@@ -125,8 +125,11 @@ def test_where_no_sound_checkpoint_lies_on_the_way_the_run_says_that_it_starts_a
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
-def test_checkpoints_of_a_shorter_plan_do_not_crowd_out_those_of_the_longer_one(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
-    settings = {"schedule": "constant", "finish_steps": 4, "finish_batch_size": 4, "keep": 1, "evaluations": 20}
+@pytest.mark.parametrize("keep", [1, 2])
+def test_checkpoints_of_a_shorter_plan_do_not_crowd_out_those_of_the_longer_one(
+    small_store: Path, small_codebooks: Path, tmp_path: Path, keep: int
+) -> None:
+    settings = {"schedule": "constant", "finish_steps": 4, "finish_batch_size": 4, "keep": keep, "evaluations": 20}
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", steps=6, **settings)))
     assert newest_step(tmp_path / "run") == 10
     longer = config(small_store, small_codebooks, tmp_path / "run", steps=12, **settings)
