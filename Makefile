@@ -44,7 +44,7 @@ format: install ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 
 bench: install ## speed and memory, measured as ratios in one run
-	@for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done
+	@for script in benchmarks/bench_*.py; do $(BIN)/python "$$script" || exit 1; done
 
 clean: ## remove .venv, caches and the demo's output
 	rm -rf $(VENV) revq-demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -11,9 +11,9 @@ transform, whose coordinates weigh a position by how much it moves the picture).
 through the frozen decoder, decode(rectified) against decode(cached latent); only this phase (and `previews`) needs the VAE.
 
 Read beside it: training_data.py (rows and batch order), frozen_table.py (tokens computed once), network.py (precision, compilation, ranks),
-objectives.py and schedules.py (pure functions), train_state.py (and what ends a run), validation.py, checkpoints.py, live_figures.py,
-training_log.py. Under torchrun each rank holds its part of the latents; gradients, counts and validation are shared, and the global batch is
-the same one that a single process would take.
+objectives.py and schedules.py (pure functions), micro_batches.py (the last phase in parts), train_state.py (and what ends a run), validation.py,
+checkpoints.py, live_figures.py, training_log.py. Under torchrun each rank holds its part of the latents; gradients, counts and validation are
+shared, and the global batch is the same one that a single process would take.
 
 Shapes: N latents, B batch, C,H,W latent channels, rows, columns, T tokens per image, K codes per codebook, D dims per token.
 """
@@ -34,6 +34,8 @@ from ..cache.store import LatentStore
 from ..errors import ConfigError
 from ..files import claim_output, sha256_file
 from ..models.codebooks import CODEBOOKS_NAME, load_codebooks
+from ..models.device import bf16_is_fast
+from ..models.nearest import search_note
 from ..models.quantizer import code_counts, reset_unused
 from ..models.rectifier import BLOCKS, update_average
 from ..models.tokenizer import ReVQTokenizer
@@ -43,6 +45,7 @@ from .codebook_usage import codebook_figures, mean_usage, write_final_usage
 from .events import Advance, Begin, Event, Note, Result
 from .frozen_table import FrozenTable, quantize_once
 from .live_figures import LOG_EVERY, LiveFigures, row_is_due
+from .micro_batches import backward_in_parts, memory_advice, try_last_phase
 from .network import COMPILE, RectifierNetwork, open_network
 from .objectives import PictureLoss, latent_loss
 from .schedules import SCHEDULES, decay, evaluation_interval, first_phase_factor, last_phase_factor
@@ -55,7 +58,7 @@ from .validation import picture_error, preview, validate
 RUN_KIND = "revq-rectifier-run"
 # What may change from one command to the next on the same folder: none of it shapes the weights beyond rounding.
 # (How latents are read does shape the order: a checkpoint says how its run began, and `resume` refuses the other way.)
-_RUNTIME_ONLY = {"store", "codebooks", "out", "device", "vae", "overwrite", "compile", "previews", "keep", "wandb", "latents"}
+_RUNTIME_ONLY = {"store", "codebooks", "out", "device", "vae", "overwrite", "compile", "previews", "keep", "wandb", "latents", "micro_batch"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,9 @@ class TrainRectifierConfig:
     """Learning rate of the codebooks; 0 keeps them as fitted, and then the tokens are computed only once."""
     weight_decay: float = 1e-4
     """AdamW's, on the rectifier alone."""
+    micro_batch: int | None = None
+    """Latents that the last phase decodes at once on each rank; gradients add up over the batch. None means the whole batch, or as many as fit in
+    memory. It changes rounding alone."""
     finish_lpips: float = 0.0
     """Weight of LPIPS beside the pixels' squared error in the last phase; needs LPIPS's published weights."""
     width: int = 512
@@ -103,7 +109,8 @@ class TrainRectifierConfig:
     """"resident" in memory, "stream" from disk in another order, or "auto": as the run began, and a new one resident where half of the free memory
     holds the latents and, with frozen codebooks, their tokens."""
     precision: str = "auto"
-    """"bf16" autocast, "fp32", or "auto": bf16 on CUDA and on a CPU with bf16 instructions, fp32 elsewhere. Weights are float32 always."""
+    """"bf16" autocast, "fp32", or "auto": bf16 on a GPU or CPU with bf16 instructions, fp32 elsewhere; a run keeps what it began with. Weights are
+    float32 always."""
     compile: str = "auto"
     """torch.compile: "on", "off", or "auto": on CUDA. Where there is no compiler the run goes on without, and says so."""
     ema: float = 0.999
@@ -131,7 +138,7 @@ class TrainRectifierConfig:
     def __post_init__(self) -> None:
         """Check ranges; raises ConfigError."""
         lowest = {"epochs": 1, "batch_size": 1, "finish_batch_size": 1, "finish_steps": 0, "depth": 0, "evaluations": 1, "keep": 1, "previews": 0}
-        for name, least in {**lowest, "steps": 0, "patience": 1}.items():
+        for name, least in {**lowest, "steps": 0, "patience": 1, "micro_batch": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name.replace('_', '-')} must be at least {least}, not {value}")
@@ -185,9 +192,11 @@ def train_rectifier(config: TrainRectifierConfig) -> Iterator[Event]:
         yield Result(value=result(config, ReVQTokenizer.from_pretrained(out / "tokenizer")))
         return
     yield from resume(state, out / "checkpoints", inputs.device)
-    run = yield from _prepare(config, inputs, state, out)
+    with memory_advice(state, None):
+        run = yield from _prepare(config, inputs, state, out)
     try:
-        yield from _loop(config, inputs, state, run, out)
+        with memory_advice(state, run.pictures):
+            yield from _loop(config, inputs, state, run, out)
     finally:
         run.log.close()
     step, reason = chosen_step(state, config.patience)
@@ -251,8 +260,7 @@ def _step(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: 
         quantized, codebook_loss = _quantize(config, inputs, state, standardised)
     if state.finishing:
         assert run.pictures is not None
-        with run.network.autocast(inputs.device):
-            loss = run.pictures(run.network(quantized), latents)
+        loss = backward_in_parts(run.network, run.pictures, quantized, latents)
     elif config.width:
         loss = latent_loss(run.network(quantized), standardised, inputs.transform.scale)
     _update(config, inputs, state, torch.stack([loss, codebook_loss]))
@@ -270,7 +278,8 @@ def _quantize(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, s
 
 
 def _update(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, losses: Tensor) -> None:
-    """Backward from losses (2,), clip, step, average, reset unused codes at the end of an epoch; never waits for the device."""
+    """Backward from losses (2,) where that is still to be done, clip, step, average, reset unused codes at the end of an epoch; never waits for
+    the device."""
     frozen = config.codebook_lr == 0 or state.finishing
     rectifier_group, codebook_group = state.optimizer.param_groups
     rectifier_group["lr"] = _learning_rate(config, state)
@@ -346,10 +355,15 @@ def _identity(config: TrainRectifierConfig, store: LatentStore) -> dict[str, Any
 
 def _prepare(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, out: Path) -> Generator[Event, None, _Run]:
     """Everything that is done once before the first step."""
-    example = torch.zeros(inputs.batch_size(config.batch_size) // ranks.world_size(), *inputs.store.encoding.latent_shape, device=inputs.device)
-    network, note = open_network(state.rectifier, example, precision=config.precision, compiling=config.compile if config.width else "off")
+    if state.precision == "auto":
+        state.precision = ranks.broadcast("bf16" if bf16_is_fast(inputs.device) else "fp32")
+    example, finish_example = (_example(inputs, size) for size in (config.batch_size, config.finish_batch_size))
+    compiling = config.compile if config.width else "off"
+    network, note = open_network(state.rectifier, example, bf16=state.precision == "bf16", compiling=compiling)
     if note:
         yield Note(text=note, warning=True)
+    if note := search_note(inputs.device, state.quantizer.codebooks.shape[2]):
+        yield Note(text=note)
     train = val = pictures = None
     if config.codebook_lr == 0 and isinstance(inputs.train, ResidentLatents):
         train = yield from quantize_once(inputs.train, config.split, inputs.transform, state.quantizer)
@@ -357,7 +371,19 @@ def _prepare(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, ou
     if config.codebook_lr == 0:
         val = yield from quantize_once(inputs.val, inputs.val_name, inputs.transform, state.quantizer)
     if inputs.vae is not None:
-        pictures = PictureLoss(vae=inputs.vae, transform=inputs.transform, lpips=inputs.lpips, lpips_weight=config.finish_lpips)
+        micro_batch = config.micro_batch or len(finish_example)
+        pictures = PictureLoss(
+            vae=inputs.vae, transform=inputs.transform, lpips=inputs.lpips, lpips_weight=config.finish_lpips, micro_batch=micro_batch
+        )
+        if config.finish_steps and not state.done:
+            pictures, note = try_last_phase(network, pictures, state, finish_example)
+            if note:
+                yield Note(text=note)
     settings = {**config.identity(), "epochs": config.epochs, "steps": config.steps}
     log = TrainingLog(out, step=state.step + 1 if state.history else 0, wandb=config.wandb, settings=settings)
     return _Run(network=network, train=train, val=val, pictures=pictures, log=log)
+
+
+def _example(inputs: Inputs, batch_size: int) -> Tensor:
+    """A batch (B/R,C,H,W) of zeros, of the shape that steps of that batch size have."""
+    return torch.zeros(inputs.batch_size(batch_size) // ranks.world_size(), *inputs.store.encoding.latent_shape, device=inputs.device)

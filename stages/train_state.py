@@ -45,6 +45,8 @@ class TrainState:
     """Steps of both phases."""
     streamed: bool
     """Whether the latents are streamed, which is another order of them than resident ones have."""
+    precision: str
+    """"bf16" or "fp32", found out when the run begins and kept wherever it goes on; "auto" until then."""
     step: int = 0
     counts: Tensor
     """(T,K) int64: how often this rank used each code since the last reset of unused codes."""
@@ -76,7 +78,7 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, the same whatever the number of ranks. Every rank must ask at once."""
         modules = {name: getattr(self, name).state_dict() for name in _MODULES}
-        names = ("planned", "streamed", "first_steps", "total_steps", "step", "best", "usage", "history")
+        names = ("planned", "streamed", "precision", "first_steps", "total_steps", "step", "best", "usage", "history")
         return {**modules, **{name: getattr(self, name) for name in names}, "counts": ranks.sum_tensors(self.counts.clone())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -87,6 +89,7 @@ class TrainState:
         for name in _MODULES:
             getattr(self, name).load_state_dict(state[name])
         self.step, self.best, self.usage, self.history = (state[name] for name in ("step", "best", "usage", "history"))
+        self.precision = state["precision"]
         if tuple(state["planned"]) == self.planned:
             self.first_steps, self.total_steps = state["first_steps"], state["total_steps"]
         self.counts.copy_(state["counts"])
@@ -118,6 +121,7 @@ def new_state(config: TrainRectifierConfig, inputs: Inputs, codebooks: Tensor) -
         first_steps=first,
         total_steps=total,
         streamed=inputs.stream is not None,
+        precision=config.precision,
         counts=torch.zeros(codebooks.shape[:2], dtype=torch.int64, device=device),
         loss_sum=torch.zeros(2, device=device),
         bad_step=torch.full((), -1, device=device),

@@ -45,7 +45,8 @@ def picture_error(inputs: Inputs, state: TrainState, table: FrozenTable | None, 
     assert pictures is not None  # it is there where a last phase is
     sums = torch.zeros(2, dtype=torch.float64)
     most = max(1, _MOST_DECODED // ranks.world_size())
-    for index in torch.arange(min(most, len(inputs.val))).split(_PICTURE_BATCH):
+    together = min(_PICTURE_BATCH, 4 * pictures.micro_batch)  # a pass that keeps nothing for gradients needs far less than a quarter of the memory
+    for index in torch.arange(min(most, len(inputs.val))).split(together):
         _, quantized = val_batch(inputs, state, table, index)
         loss = float(pictures(state.average(quantized), inputs.val.batch(index)))
         sums += torch.tensor([loss * len(index), len(index)], dtype=torch.float64)

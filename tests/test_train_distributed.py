@@ -85,6 +85,18 @@ def test_two_ranks_go_on_as_one_and_follow_the_curve_of_one_process(
         assert values_at(ours, step) == pytest.approx(values_at(theirs, step), rel=2e-5)
 
 
+def test_a_last_phase_in_parts_on_two_ranks_follows_the_curve_of_whole_batches_on_one(
+    torchrun: Callable[..., subprocess.CompletedProcess[str]], small_store: Path, small_codebooks: Path, tmp_path: Path
+) -> None:
+    settings = {"steps": 2, "codebook_lr": 0.0, "evaluations": 3}
+    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "one", **settings)))
+    torchrun(2, *arguments(small_store, small_codebooks, tmp_path / "two", micro_batch=3, **settings))
+    ours, theirs = curve(tmp_path / "two"), curve(tmp_path / "one")
+    assert ours["step"] == theirs["step"]
+    for step in ours["step"]:
+        assert values_at(ours, step) == pytest.approx(values_at(theirs, step), rel=2e-5)
+
+
 def values_at(figures: dict[str, list[float]], step: int) -> list[float]:
     return [figures[name][figures["step"].index(step)] or 0.0 for name in ("val_loss", "val_mse_rectified", "codebook_usage")]
 
