@@ -159,6 +159,7 @@ def _train_rectifier(
     keep: Annotated[int, _advanced(help="Checkpoints kept besides the best.")] = 2,
     previews: Annotated[int, _advanced(help="Latents decoded at each evaluation; needs the VAE.")] = 0,
     wandb: Annotated[bool, _advanced("--wandb", help="Log to Weights & Biases too.")] = False,
+    micro_batch: Annotated[int | None, _machine(help="Latents decoded at once in --finish-steps.", show_default="as fit in memory")] = None,
     latents: Annotated[str, _machine(help="auto, resident (in memory) or stream.")] = "auto",
     precision: Annotated[str, _machine(help="auto, bf16 or fp32.")] = "auto",
     compile: Annotated[str, _machine(help="torch.compile: auto, on or off.")] = "auto",
@@ -182,8 +183,8 @@ def _train_rectifier(
         config = TrainRectifierConfig(
             store=store, codebooks=codebooks, out=out, split=split, val_split=val_split, epochs=epochs, steps=steps, finish_steps=finish_steps,
             batch_size=batch_size, lr=lr, codebook_lr=codebook_lr, width=width, depth=depth, weight_decay=weight_decay, block=block,
-            schedule=schedule, finish_batch_size=finish_batch_size, finish_lpips=finish_lpips, evaluations=evaluations, keep=keep,
-            patience=patience, previews=previews, wandb=wandb, latents=latents, precision=precision, compile=compile, ema=ema, seed=seed,
+            schedule=schedule, finish_batch_size=finish_batch_size, micro_batch=micro_batch, finish_lpips=finish_lpips, evaluations=evaluations,
+            keep=keep, patience=patience, previews=previews, wandb=wandb, latents=latents, precision=precision, compile=compile, ema=ema, seed=seed,
             device=device, vae=vae, overwrite=overwrite,
         )  # fmt: skip
         return train_rectifier(config)

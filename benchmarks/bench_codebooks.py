@@ -1,7 +1,8 @@
 """Tables: what codebooks cost, against the plain way of doing the same. Ratios come from alternating repeats in this one run.
 
     python benchmarks/bench_codebooks.py                 # everything that this machine can, about four minutes on two cores
-    python benchmarks/bench_codebooks.py --part nearest  # or kmeans, stage, gpu
+    python benchmarks/bench_codebooks.py --part nearest  # or kmeans, stage, gpu, imagenet
+    python benchmarks/bench_codebooks.py --part imagenet --synthetic 2000   # what a GPU does with 1.28 million latents, with fewer anywhere
 
 Peak memory is what a row takes beyond what was there before it (Linux; elsewhere left out). GPU rows appear where there is one.
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import platform
 import statistics
@@ -23,15 +25,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from synthetic import make_store
 from torch import Tensor
 
 from revq.models.kmeans import kmeans
 from revq.models.nearest import NearestCodes, nearest_codes
 from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
 from revq.stages.events import Begin, Result, run_quietly
-from revq.stages.fit_codebooks import FitCodebooksConfig, fit_codebooks
+from revq.stages.fit_codebooks import POINTS_PER_CODE, FitCodebooksConfig, fit_codebooks
 
-PARTS = ("nearest", "kmeans", "stage", "gpu")
+PARTS = ("nearest", "kmeans", "stage", "gpu", "imagenet")
+IMAGENET = 1_281_167
 LINEAR_VAE = """
 import torch
 import torch.nn.functional as F
@@ -205,7 +209,7 @@ def timed_tasks(config: FitCodebooksConfig, marks: list[tuple[str, float]]) -> N
 
 
 def gpu_part(repeats: int) -> None:
-    """Against cdist under vmap, as a share of the multiply-add floor, and k-means of ImageNet's size end to end."""
+    """Against cdist under vmap, as a share of the multiply-add floor."""
     if not torch.cuda.is_available():
         print("\nno GPU here: its rows are left out")
         return
@@ -227,21 +231,32 @@ def gpu_part(repeats: int) -> None:
             times = found["cdist under vmap"][0] / seconds
             rows.append((name, f"{1000 * seconds:.2f} ms", f"{times:.1f}", f"{100 * floor / seconds:.0f} %", f"{mib:.0f} MiB"))
         table(f"assignment on {properties.name}, T=512 N=256 D=4 K={codes} (aim: 20 times)", rows)
-    size = {"tokens": 512, "latents": 1_280_000, "codes": 16384, "together": 8}
-    started, peak = time.perf_counter(), 0.0
-    for first in range(0, size["tokens"], size["together"]):
-        seeds = list(range(first, first + size["together"]))
-        points = torch.randn(len(seeds), size["latents"], 4, device="cuda", generator=torch.Generator("cuda").manual_seed(first))
-        _, mib = measured(partial(kmeans, points, size["codes"], iterations=20, seeds=seeds, backend="torch"), "cuda")
-        peak = max(peak, mib)
-    rows = [("", "time", "peak memory"), ("torch", f"{time.perf_counter() - started:.0f} s", f"{peak:.0f} MiB")]
-    table("k-means, T=512 D=4 K=16384, 1.28 million synthetic latents, 20 rounds", rows)
+
+
+def imagenet_part(latents: int, device: str) -> None:
+    """The whole of fit-codebooks at ImageNet's size, from a store on disk (5.3 GB) to codebooks; with fewer latents also fewer codes."""
+    if not latents and device != "cuda":
+        print("\nno GPU here: codebooks of ImageNet's size are left out; --synthetic N fits them on N latents")
+        return
+    latents = latents or IMAGENET
+    codes = min(16384, 2 ** int(math.log2(max(2, latents / POINTS_PER_CODE))))
+    with tempfile.TemporaryDirectory() as name:
+        store = Path(name) / "store"
+        made_s, _ = measured(partial(make_store, store, {"train": latents}))
+        config = FitCodebooksConfig(store=str(store), out=f"{name}/codebooks", codes=codes, transform="pca", device=device)
+        marks: list[tuple[str, float]] = []
+        _, mib = measured(partial(timed_tasks, config, marks), device)
+    rows = [("", "time", "peak memory"), ("(making the store)", f"{made_s:.1f} s", "")]
+    rows += [(task, f"{seconds:.1f} s", "") for task, seconds in marks]
+    rows.append(("all but the store", f"{sum(seconds for _, seconds in marks):.1f} s", f"{mib:.0f} MiB"))
+    table(f"fit-codebooks, T=512 D=4 K={codes}, {latents} synthetic latents (32,8,8), pca transform, {config.iterations} rounds", rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=PARTS, action="append", help="only this; may be repeated")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--synthetic", type=int, default=0, help="latents of the part imagenet; 0: those of ImageNet on a GPU, none elsewhere")
     args = parser.parse_args()
     parts = args.part or PARTS
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -255,6 +270,8 @@ def main() -> None:
         stage_part(device)
     if "gpu" in parts:
         gpu_part(args.repeats)
+    if "imagenet" in parts:
+        imagenet_part(args.synthetic, device)
 
 
 if __name__ == "__main__":

@@ -316,20 +316,39 @@ def open_latents(
     Raises:
         StoreError, ConfigError: what the readers raise.
     """
+    if budget_bytes is None:
+        return open_reader(reader_that_fits(split, rows, device), split, rows, device)
+    if _bytes_of(split, rows) <= budget_bytes:
+        return ResidentLatents(split, rows, device)
+    return StreamingLatents(split, rows, device, buffer_bytes=min(budget_bytes, _BUFFER_BYTES))
+
+
+def reader_that_fits(
+    split: LatentSplit, rows: NDArray[np.integer] | None = None, device: str | torch.device = "cpu", *, beside_bytes: int = 0
+) -> Literal["resident", "pinned", "stream"]:
+    """What half of the free memory allows: the latents resident on the device, resident in pinned host memory, or streamed.
+
+    Args:
+        rows, device: as those of the readers.
+        beside_bytes: what the caller will hold on the device beside resident latents.
+    """
     device = torch.device(device)
-    wanted = len(split) if rows is None else len(rows)
-    size = wanted * math.prod(split.latents.shape[1:]) * split.latents.dtype.itemsize
-    if budget_bytes is not None:
-        if size <= budget_bytes:
-            return ResidentLatents(split, rows, device)
-        return StreamingLatents(split, rows, device, buffer_bytes=min(budget_bytes, _BUFFER_BYTES))
+    size = _bytes_of(split, rows)
     on_host = _free_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_host
-    if size <= _RESIDENT_SHARE * on_device:
-        return ResidentLatents(split, rows, device)
-    if device.type == "cuda" and size <= _RESIDENT_SHARE * on_host:
-        return ResidentLatents(split, rows, device, pinned=True)
-    return StreamingLatents(split, rows, device)
+    if size + beside_bytes <= _RESIDENT_SHARE * on_device:
+        return "resident"
+    pinned = device.type == "cuda" and beside_bytes <= _RESIDENT_SHARE * on_device and size <= _RESIDENT_SHARE * on_host
+    return "pinned" if pinned else "stream"
+
+
+def open_reader(
+    how: str, split: LatentSplit, rows: NDArray[np.integer] | None = None, device: str | torch.device = "cpu"
+) -> ResidentLatents | StreamingLatents:
+    """The reader that `reader_that_fits` named. Raises what the readers raise."""
+    if how == "stream":
+        return StreamingLatents(split, rows, device)
+    return ResidentLatents(split, rows, device, pinned=how == "pinned")
 
 
 def rank_rows(rows: NDArray[np.integer], rank: int, world_size: int) -> NDArray[np.int64]:
@@ -401,6 +420,11 @@ def _ok_rows(split: LatentSplit, rows: NDArray[np.integer] | None) -> NDArray[np
 def _shard_cuts(rows: NDArray[np.int64], shard_rows: int) -> NDArray[np.int64]:
     """Where ascending rows go over to another shard."""
     return np.flatnonzero(np.diff(rows // shard_rows)) + 1
+
+
+def _bytes_of(split: LatentSplit, rows: NDArray[np.integer] | None) -> int:
+    """Of these rows (None means all) as on disk."""
+    return (len(split) if rows is None else len(rows)) * math.prod(split.latents.shape[1:]) * split.latents.dtype.itemsize
 
 
 def _batch_rows(rows: int, batch_size: int) -> int:

@@ -134,12 +134,14 @@ def _updated(points: Tensor, fitted: Tensor, indices: Tensor) -> tuple[Tensor, T
     Sums are of 64-bit fixed-point numbers, so that they come out the same in any order: a GPU adds in another one at each run. With mean square 1
     the sum of N coordinates is below N*sqrt(D): 27 bits for a hundred million points.
     """
-    exact = torch.float32 if points.device.type == "mps" else torch.float64
+    if points.device.type == "mps":  # has neither float64 nor index_add_ of int64
+        means, counts = _updated(points.cpu(), fitted.cpu(), indices.cpu())
+        return means.to(points.device), counts.to(points.device)
     counts = torch.zeros(fitted.shape[:2], dtype=torch.int64, device=points.device).scatter_add_(1, indices, torch.ones_like(indices))
     sums = torch.zeros(fitted.shape, dtype=torch.int64, device=points.device)
     for group, sum_, index in zip(points, sums, indices, strict=True):
-        sum_.index_add_(0, index, (group.to(exact) * _FIXED_POINT).round().long())
-    means = (sums.to(exact) / _FIXED_POINT / counts.clamp_min(1).unsqueeze(2)).float()
+        sum_.index_add_(0, index, (group.double() * _FIXED_POINT).round().long())
+    means = (sums.double() / _FIXED_POINT / counts.clamp_min(1).unsqueeze(2)).float()
     return torch.where(counts.unsqueeze(2) > 0, means, fitted), counts
 
 

@@ -90,10 +90,33 @@ class NearestCodes:
         return _nearest_by_product(coordinates.float(), self.codebooks.float())
 
 
+def search_note(device: torch.device, dims: int) -> str:
+    """Why codes of that many dims are not searched by the fused kernel on this GPU; "" where they are, and where it is not meant for them."""
+    fault = _fused_fault(device, dims) if _is_for_fused(device, dims) else ""
+    return f"the fused search of nearest codes is not to be had here ({fault}); going on with matrix products, somewhat slower" if fault else ""
+
+
 def _pick_backend(device: torch.device, dims: int) -> str:
-    if device.type == "cuda" and dims <= _FUSED_MAX_DIMS and _has("triton"):
+    if _is_for_fused(device, dims) and not _fused_fault(device, dims):
         return "fused"
     return "boxes" if device.type == "cpu" and _has("numba") else "product"
+
+
+def _is_for_fused(device: torch.device, dims: int) -> bool:
+    return device.type == "cuda" and dims <= _FUSED_MAX_DIMS
+
+
+@cache
+def _fused_fault(device: torch.device, dims: int) -> str:
+    """What one small search by the kernel fails with, "" where it works. That Triton is installed is not enough: its launcher needs a C compiler."""
+    try:
+        from .fused_nearest import fused_nearest
+
+        point = torch.zeros(1, 1, dims, device=device)
+        fused_nearest(point, point)
+    except Exception as error:  # Python's, Triton's, the C compiler's and the driver's
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return ""
 
 
 @cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .nearest import NearestCodes
+from .nearest import NearestCodes, _exact_type
 
 
 class MultiGroupQuantizer(nn.Module):
@@ -45,14 +45,14 @@ def code_counts(indices: Tensor, codes: int) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """(T,K) counts -> (T,) exp of the entropy of the codes' frequencies, between 1 and K."""
-    frequency = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
-    return torch.special.entr(frequency).sum(1).exp()
+    """(T,K) counts -> (T,) exp of the entropy of the codes' frequencies, between 1 and K; float64, on MPS float32."""
+    frequency = counts.to(_exact_type(counts.device)) / counts.sum(1, keepdim=True).clamp_min(1)
+    return (-torch.xlogy(frequency, frequency).sum(1)).exp()  # torch.special.entr is not on every device
 
 
 def usage(counts: Tensor) -> Tensor:
-    """(T,K) counts -> (T,) share of the codes used at least once, in [0,1]."""
-    return (counts > 0).double().mean(1)
+    """(T,K) counts -> (T,) share of the codes used at least once, in [0,1]; float64, on MPS float32."""
+    return (counts > 0).to(_exact_type(counts.device)).mean(1)
 
 
 def dead_codes(counts: Tensor) -> Tensor:

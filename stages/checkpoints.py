@@ -7,14 +7,16 @@ Only rank 0 writes; every rank reads the one that rank 0 found sound.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import MismatchError, TrainingError
-from ..files import write_bytes
+from ..files import read_json, write_bytes
 from . import ranks
 from .events import Event, Note
 from .train_state import TrainState
@@ -23,17 +25,21 @@ BEST_NAME = "best.pt"
 
 
 def save_checkpoint(state: TrainState, folder: Path, *, keep: int, best: bool) -> None:
-    """Write one checkpoint, whole or not at all, then drop all but the last `keep`; `best` also writes it as the best one."""
+    """Write one checkpoint, whole or not at all; then drop all but it and the `keep` - 1 before it. `best` also writes it as the best one."""
     content = state.state_dict()
     if ranks.rank() == 0:
         buffer = io.BytesIO()
         torch.save(content, buffer)
         if best:
             write_bytes(folder / BEST_NAME, buffer.getvalue())
-        write_bytes(_path(folder, state.step), buffer.getvalue())
-        for old in _newest_first(folder)[keep:]:
-            if old != _path(folder, state.first_steps):
-                old.unlink()
+        newest = _path(folder, state.step)
+        write_bytes(newest, buffer.getvalue())
+        _flush_names(folder)
+        # What lies further on is of a plan that was given up, or of before a damaged checkpoint: it must not crowd out the good ones.
+        others = [path for path in _newest_first(folder) if path != newest]
+        earlier = [path for path in others if path < newest]
+        for old in set(others) - set(earlier[: keep - 1]) - {_path(folder, state.first_steps)}:
+            old.unlink()
     ranks.barrier()
 
 
@@ -56,7 +62,7 @@ def resume(state: TrainState, folder: Path, device: torch.device) -> Iterator[Ev
             raise
         except Exception as error:  # torch and zipfile raise many kinds for a torn file
             damaged.append(path.name)
-            yield Note(text=f"checkpoint {path.name} is damaged ({type(error).__name__}); going back to the one before", warning=True)
+            yield Note(text=f"checkpoint {path.name} is damaged ({type(error).__name__}) and left out", warning=True)
             continue
         found = path.name
         break
@@ -67,18 +73,70 @@ def resume(state: TrainState, folder: Path, device: torch.device) -> Iterator[Ev
         state.load_state_dict(torch.load(folder / found, map_location=device, weights_only=True))
     if found:
         yield Note(text=f"resuming at step {state.step}")
+    elif damaged:
+        yield Note(text=f"none of the other checkpoints lies on the way to {state.planned[0]} steps: starting at step 0", warning=True)
 
 
-def load_best(state: TrainState, folder: Path, device: torch.device) -> None:
-    """Take over the averaged rectifier and the codebooks of the best checkpoint."""
-    content = torch.load(folder / BEST_NAME, map_location=device, weights_only=True)
+def began_with(out: Path, identity: Mapping[str, Any]) -> str | None:
+    """ "resident" or "stream", whichever the run of these settings in `out` began with; None where it has no checkpoint that can be read."""
+    config = read_json(out / "config.json") if ranks.rank() == 0 else None
+    began = None
+    if config is not None and config.get("identity") == json.loads(json.dumps(dict(identity))):
+        for path in _newest_first(out / "checkpoints"):
+            try:
+                began = "stream" if torch.load(path, map_location="cpu", mmap=True, weights_only=True)["streamed"] else "resident"
+                break
+            except Exception:  # as in `resume`, which will say so
+                continue
+    found: str | None = ranks.broadcast(began)
+    return found
+
+
+def take_weights(state: TrainState, folder: Path, step: int, device: torch.device) -> Generator[Event, None, int]:
+    """Take over the averaged rectifier and the codebooks of the best checkpoint, made at `step`; where it cannot be read, keep those of the end.
+
+    Returns:
+        The step of the weights that the state has now.
+    """
+    if step == state.step:
+        return step
+    name = ranks.broadcast(_readable(folder, step) if ranks.rank() == 0 else None)
+    if name is None:
+        text = f"the best weights, of step {step}, cannot be read from {folder / BEST_NAME}: the tokenizer gets those of step {state.step}"
+        yield Note(text=text, warning=True)
+        return state.step
+    content = torch.load(folder / name, map_location=device, weights_only=True)
     state.average.load_state_dict(content["average"])
     state.quantizer.load_state_dict(content["quantizer"])
+    return step
+
+
+def _readable(folder: Path, step: int) -> str | None:
+    """A sound checkpoint of this step: the best one, or another that was kept."""
+    for path in (folder / BEST_NAME, _path(folder, step)):
+        try:
+            if torch.load(path, map_location="cpu", weights_only=True)["step"] == step:
+                return path.name
+        except Exception:  # missing or torn: torch and zipfile raise many kinds
+            continue
+    return None
 
 
 def _on_the_way(content: dict[str, Any], planned: tuple[int, int]) -> bool:
     """A run made longer goes on from its first phase: what the last phase did comes after other steps now."""
     return tuple(content["planned"]) == planned or content["step"] <= min(content["first_steps"], planned[0])
+
+
+def _flush_names(folder: Path) -> None:
+    """Have the folder's new names on disk, before older files go: a crash of the machine may else keep the removal and lose the rename."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _path(folder: Path, step: int) -> Path:

@@ -29,7 +29,7 @@ from ..files import claim_output, write_bytes
 from ..models.codebooks import CODEBOOKS_KIND, CODEBOOKS_NAME, Codebooks, check_finite, load_codebooks, save_codebooks
 from ..models.device import pick_device
 from ..models.kmeans import BACKENDS, kmeans, pick_backend
-from ..models.nearest import nearest_codes
+from ..models.nearest import nearest_codes, search_note
 from ..models.quantizer import code_counts, dead_codes, perplexity, usage
 from ..models.transform import (
     KINDS,
@@ -47,6 +47,7 @@ from .events import Advance, Begin, Event, Note, Result
 
 _BLOCK_BYTES = 256 << 20
 _BATCH = 1024
+_DECODED_AT_ONCE = 4  # for its gradients DC-AE f32c32 keeps 1.3 GiB for each 256 px picture in float32
 _TRANSFORM_NAME = "transform.safetensors"
 SENSITIVITY_NAME = "sensitivity.md"
 POINTS_PER_CODE = 39
@@ -132,6 +133,8 @@ def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
         yield Result(value=_result(config, load_codebooks(out), mse=None, latents=len(rows), seconds=0.0))
         return
     yield from _notes_on_data(config, split, len(rows))
+    if note := search_note(device, math.prod(store.encoding.latent_shape) // config.tokens):
+        yield Note(text=note)
     latents = ResidentLatents(split, rows, device=device)
     yield from _make_transform(config, split, latents, vae, out / "partial")
     transform, sensitivity = _load_transform(config, out / "partial")
@@ -254,11 +257,14 @@ def _calibrate(config: FitCodebooksConfig, latents: ResidentLatents, std: Tensor
     mine, done = {}, 0
     for number in range(ranks.rank(), len(draws), ranks.world_size()):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
-        standardised = (latents.batch(draws[number]) / std).requires_grad_()
-        pixels = vae.decode(standardised * std)
-        signs = torch.randint(0, 2, pixels.shape, generator=generator).to(pixels) * 2 - 1
-        (gradient,) = torch.autograd.grad((pixels * signs).sum(), standardised)
-        mine[number] = gradient.cpu()
+        gradients = []
+        for some in latents.batch(draws[number]).split(_DECODED_AT_ONCE):
+            standardised = (some / std).requires_grad_()
+            pixels = vae.decode(standardised * std)
+            signs = torch.randint(0, 2, pixels.shape, generator=generator).to(pixels) * 2 - 1
+            (gradient,) = torch.autograd.grad((pixels * signs).sum(), standardised)
+            gradients.append(gradient.cpu())
+        mine[number] = torch.cat(gradients)
         done += len(draws[number]) * ranks.world_size()
         yield Advance(done=min(done, config.calibration_samples))
     gathered = {number: value for part in ranks.gather(mine) for number, value in part.items()}

@@ -5,11 +5,12 @@ Shapes: B batch, C,H,W latent channels, rows, columns.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..models.device import bf16_is_fast
 from ..models.rectifier import Rectifier
 from . import ranks
 
@@ -35,6 +36,10 @@ class RectifierNetwork:
         """The precision of the forward pass."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
 
+    def averaging(self, wanted: bool) -> AbstractContextManager[None]:
+        """Where passes are inside that are not `wanted` to average their gradients over the ranks: they add up on each, until one averages them."""
+        return nullcontext() if wanted or not isinstance(self._network, DistributedDataParallel) else self._network.no_sync()
+
     def __call__(self, quantized: Tensor) -> Tensor:
         """Quantized standardised latent (B,C,H,W) -> rectified, float32."""
         with self.autocast(quantized.device):
@@ -42,19 +47,37 @@ class RectifierNetwork:
         return rectified.float()
 
 
-def open_network(rectifier: Rectifier, example: Tensor, *, precision: str, compiling: str) -> tuple[RectifierNetwork, str]:
+class _CompiledForOneShape(nn.Module):
+    """The rectifier, compiled for the batches of the first phase; anything else goes through it as it is.
+
+    So nothing is ever compiled anew in the middle of a run, where a failure would end it. The last phase loses nothing: at 256 px its decoder
+    does a hundred times the rectifier's work.
+    """
+
+    def __init__(self, rectifier: Rectifier, shape: torch.Size) -> None:
+        super().__init__()
+        self.rectifier = rectifier
+        self.shape = shape
+        self._compiled = (torch.compile(rectifier),)  # in a tuple, so that its weights are not counted twice
+
+    def forward(self, quantized: Tensor) -> Tensor:
+        network = self._compiled[0] if quantized.shape == self.shape else self.rectifier
+        rectified: Tensor = network(quantized)
+        return rectified
+
+
+def open_network(rectifier: Rectifier, example: Tensor, *, bf16: bool, compiling: str) -> tuple[RectifierNetwork, str]:
     """Make `rectifier` ready to train, and say what could not be had.
 
     Args:
-        example: a batch (B,C,H,W) as training will give it.
-        precision: "bf16", "fp32" or "auto": bf16 on CUDA, and on a CPU with bf16 instructions.
+        example: a batch (B,C,H,W) as the first phase will give it.
+        bf16: run it under bf16 autocast.
         compiling: "on", "off" or "auto": on CUDA alone.
 
     Returns:
         The network, and a note for the user, "" where there is none.
     """
     device = example.device
-    bf16 = precision == "bf16" or (precision == "auto" and bf16_is_fast(device))
     network: nn.Module = rectifier
     note = ""
     if compiling == "on" or (compiling == "auto" and device.type == "cuda"):
@@ -69,7 +92,7 @@ def _compiled(rectifier: Rectifier, example: Tensor, bf16: bool) -> tuple[nn.Mod
     reason = ""
     network: nn.Module = rectifier
     try:
-        network = torch.compile(rectifier)  # type: ignore[assignment]
+        network = _CompiledForOneShape(rectifier, example.shape)
         with torch.autocast(example.device.type, torch.bfloat16, enabled=bf16):
             network(example).float().square().mean().backward()
     except Exception as error:  # dynamo, inductor, triton and the C++ compiler each have their own

@@ -35,6 +35,8 @@ class PictureLoss:
     lpips: nn.Module | None
     """LPIPS-Alex of images in [0,1]; None leaves it out."""
     lpips_weight: float
+    micro_batch: int
+    """Latents decoded at once, on each rank."""
 
     def __call__(self, rectified: Tensor, latents: Tensor) -> Tensor:
         """Rectified standardised latents and raw cached latents (B,C,H,W) -> mean squared error of [0,1] pixels, plus weight times LPIPS."""

@@ -1,4 +1,4 @@
-"""Learning rates of train-rectifier as pure functions of the step, so that a resumed run needs no scheduler's history.
+"""Learning rates and evaluations of train-rectifier as pure functions of the step, so that a resumed run needs no scheduler's history.
 
 The first phase warms up, then follows one of three curves; the last phase (through the decoder) warms up and falls to zero along a cosine.
 """
@@ -10,6 +10,7 @@ import math
 SCHEDULES = ("exponential", "cosine", "constant")
 WARMUP_STEPS = 100
 _FINISH_WARMUP_STEPS = 20
+_LEAST_EVALUATIONS = 4
 _LAST_SHARE = 0.05  # the paper's exponential decay ends at 5 %
 
 
@@ -33,3 +34,8 @@ def first_phase_factor(schedule: str, step: int, steps: int) -> float:
 def last_phase_factor(step: int, steps: int) -> float:
     """Warm-up times a cosine to zero at `step` of a last phase of `steps`."""
     return min(1.0, (step + 1) / max(1, min(_FINISH_WARMUP_STEPS, steps))) * decay("cosine", step, steps)
+
+
+def evaluation_interval(steps: int, total: int, evaluations: int) -> int:
+    """Steps between the evaluations of a phase of `steps` in a run of `total`: one interval for the whole run, but at least 4 in each phase."""
+    return max(1, min(math.ceil(total / evaluations), math.ceil(steps / min(evaluations, _LEAST_EVALUATIONS))))

@@ -3,23 +3,23 @@
     revq train-rectifier STORE CODEBOOKS OUT --steps 2000
 
 In: a latent store and fitted codebooks. Out: a run folder with `tokenizer/` (the result), `checkpoints/`, `metrics.parquet`,
-`tensorboard/` and `config.json`. The same command again resumes, and ends with the same tokenizer as a run never stopped.
+`tensorboard/`, `config.json`, and `usage.parquet` where codebooks were trained. The same command again resumes, and ends with the same
+tokenizer as a run never stopped.
 
 Two phases. First mean squared error of standardised latents as in the paper, times the transform's scale (1 but for the decoder
 transform, whose coordinates weigh a position by how much it moves the picture). Then, for `finish_steps`, the loss is taken
 through the frozen decoder, decode(rectified) against decode(cached latent); only this phase (and `previews`) needs the VAE.
 
-Read beside it: training_data.py (rows and batch order), network.py (precision, compilation, ranks), objectives.py and schedules.py (pure
-functions), train_state.py, validation.py, checkpoints.py, training_log.py. Under torchrun each rank holds its part of the latents; gradients,
-counts and validation are shared, and the global batch is the same one that a single process would take.
+Read beside it: training_data.py (rows and batch order), frozen_table.py (tokens computed once), network.py (precision, compilation, ranks),
+objectives.py and schedules.py (pure functions), micro_batches.py (the last phase in parts), train_state.py (and what ends a run), validation.py,
+checkpoints.py, live_figures.py, training_log.py. Under torchrun each rank holds its part of the latents; gradients, counts and validation are
+shared, and the global batch is the same one that a single process would take.
 
 Shapes: N latents, B batch, C,H,W latent channels, rows, columns, T tokens per image, K codes per codebook, D dims per token.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,28 +31,34 @@ from torch import Tensor
 
 from ..cache.batches import ResidentLatents
 from ..cache.store import LatentStore
-from ..errors import ConfigError, OutputError
-from ..files import claim_output, read_json, sha256_file
+from ..errors import ConfigError
+from ..files import claim_output, sha256_file
 from ..models.codebooks import CODEBOOKS_NAME, load_codebooks
-from ..models.quantizer import code_counts, reset_unused, usage
+from ..models.device import bf16_is_fast
+from ..models.nearest import search_note
+from ..models.quantizer import code_counts, reset_unused
 from ..models.rectifier import BLOCKS, update_average
 from ..models.tokenizer import ReVQTokenizer
 from . import ranks
-from .checkpoints import load_best, resume, save_checkpoint
+from .checkpoints import began_with, resume, save_checkpoint, take_weights
+from .codebook_usage import codebook_figures, mean_usage, write_final_usage
 from .events import Advance, Begin, Event, Note, Result
+from .frozen_table import FrozenTable, quantize_once
+from .live_figures import LOG_EVERY, LiveFigures, row_is_due
+from .micro_batches import backward_in_parts, memory_advice, try_last_phase
 from .network import COMPILE, RectifierNetwork, open_network
 from .objectives import PictureLoss, latent_loss
-from .schedules import SCHEDULES, decay, first_phase_factor, last_phase_factor
-from .train_state import TrainState, mean_loss, new_state, note_best, refuse_bad_steps, stop_early, watch_for_bad_steps
-from .trained_tokenizer import build_tokenizer, result, save_tokenizer
-from .training_data import LATENTS, FrozenTable, Inputs, open_inputs, quantize_once
+from .schedules import SCHEDULES, decay, evaluation_interval, first_phase_factor, last_phase_factor
+from .train_state import LATENT_SCORE, PICTURE_SCORE, TrainState, chosen_step, judge, new_state, stop_early, watch_for_bad_steps
+from .trained_tokenizer import build_tokenizer, is_complete, result, save_tokenizer
+from .training_data import LATENTS, Inputs, open_inputs
 from .training_log import TrainingLog, require_wandb
-from .validation import codebook_usage, preview, validate
+from .validation import picture_error, preview, validate
 
 RUN_KIND = "revq-rectifier-run"
-_LOG_EVERY = 25
 # What may change from one command to the next on the same folder: none of it shapes the weights beyond rounding.
-_RUNTIME_ONLY = {"store", "codebooks", "out", "device", "vae", "overwrite", "compile", "previews", "keep", "wandb"}
+# (How latents are read does shape the order: a checkpoint says how its run began, and `resume` refuses the other way.)
+_RUNTIME_ONLY = {"store", "codebooks", "out", "device", "vae", "overwrite", "compile", "previews", "keep", "wandb", "latents", "micro_batch"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +94,9 @@ class TrainRectifierConfig:
     """Learning rate of the codebooks; 0 keeps them as fitted, and then the tokens are computed only once."""
     weight_decay: float = 1e-4
     """AdamW's, on the rectifier alone."""
+    micro_batch: int | None = None
+    """Latents that the last phase decodes at once on each rank; gradients add up over the batch. None means the whole batch, or as many as fit in
+    memory. It changes rounding alone."""
     finish_lpips: float = 0.0
     """Weight of LPIPS beside the pixels' squared error in the last phase; needs LPIPS's published weights."""
     width: int = 512
@@ -97,19 +106,22 @@ class TrainRectifierConfig:
     block: str = "conv"
     """Kind of block: "conv", which gained more in short runs (docs/rectifier.md), or "efficientvit" (the paper)."""
     latents: str = "auto"
-    """"resident" in memory, "stream" from disk in another order, or "auto": resident where they fit in half of what is free."""
+    """"resident" in memory, "stream" from disk in another order, or "auto": as the run began, and a new one resident where half of the free memory
+    holds the latents and, with frozen codebooks, their tokens."""
     precision: str = "auto"
-    """"bf16" autocast, "fp32", or "auto": bf16 on CUDA and on a CPU with bf16 instructions, fp32 elsewhere. Weights are float32 always."""
+    """"bf16" autocast, "fp32", or "auto": bf16 on a GPU or CPU with bf16 instructions, fp32 elsewhere; a run keeps what it began with. Weights are
+    float32 always."""
     compile: str = "auto"
     """torch.compile: "on", "off", or "auto": on CUDA. Where there is no compiler the run goes on without, and says so."""
     ema: float = 0.999
     """Decay of the moving average of the rectifier's weights, which is what the tokenizer gets; 0 turns it off."""
     evaluations: int = 20
-    """How often in a run to validate and to save a checkpoint."""
+    """How often in a run to validate and to save a checkpoint: evenly over its steps, but at least 4 times in each phase where this allows."""
     keep: int = 2
     """Checkpoints kept, besides the best and that of the first phase's end."""
     patience: int | None = None
-    """End a phase after so many evaluations without a better one, and give the tokenizer the best weights; None trains to the end."""
+    """End a phase after so many evaluations without a better one, and give the tokenizer the best weights; None trains to the end, and takes the
+    last weights, but after a last phase that ends no better than it began the best ones."""
     previews: int = 0
     """Validation latents decoded at each evaluation: PSNR and pictures in TensorBoard. Above 0 it needs the VAE."""
     wandb: bool = False
@@ -126,7 +138,7 @@ class TrainRectifierConfig:
     def __post_init__(self) -> None:
         """Check ranges; raises ConfigError."""
         lowest = {"epochs": 1, "batch_size": 1, "finish_batch_size": 1, "finish_steps": 0, "depth": 0, "evaluations": 1, "keep": 1, "previews": 0}
-        for name, least in {**lowest, "steps": 0, "patience": 1}.items():
+        for name, least in {**lowest, "steps": 0, "patience": 1, "micro_batch": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name.replace('_', '-')} must be at least {least}, not {value}")
@@ -171,22 +183,29 @@ def train_rectifier(config: TrainRectifierConfig) -> Iterator[Event]:
         StoreError, CodebookError, MismatchError, VAEError, OutputError, TrainingError, ConfigError: see their messages.
     """
     store, fitted, out = LatentStore.open(config.store), load_codebooks(config.codebooks), Path(config.out)
-    inputs = open_inputs(config, store, fitted)
+    identity = _identity(config, store)
+    inputs = open_inputs(config, store, fitted, None if config.overwrite else began_with(out, identity))
     state = new_state(config, inputs, fitted.codebooks)
-    _claim(config, store, out)
-    if _is_complete(out, state.planned):
+    ranks.on_first(lambda: claim_output(out, kind=RUN_KIND, identity=identity, overwrite=config.overwrite))
+    if is_complete(out, state.planned):
         yield Note(text=f"{out} is complete already")
         yield Result(value=result(config, ReVQTokenizer.from_pretrained(out / "tokenizer")))
         return
     yield from resume(state, out / "checkpoints", inputs.device)
-    run = yield from _prepare(config, inputs, state, out)
+    with memory_advice(state, None):
+        run = yield from _prepare(config, inputs, state, out)
     try:
-        yield from _loop(config, inputs, state, run, out)
+        with memory_advice(state, run.pictures):
+            yield from _loop(config, inputs, state, run, out)
     finally:
         run.log.close()
-    if config.patience is not None:
-        load_best(state, out / "checkpoints", inputs.device)
-    tokenizer = build_tokenizer(config, inputs, state, fitted)
+    step, reason = chosen_step(state, config.patience)
+    if reason:
+        yield Note(text=reason, warning=True)
+    step = yield from take_weights(state, out / "checkpoints", step, inputs.device)
+    if config.codebook_lr > 0:
+        yield from write_final_usage(inputs, state, out)
+    tokenizer = build_tokenizer(config, inputs, state, fitted, step)
     if ranks.rank() == 0:
         save_tokenizer(tokenizer, out / "tokenizer")
     ranks.barrier()
@@ -194,26 +213,36 @@ def train_rectifier(config: TrainRectifierConfig) -> Iterator[Event]:
 
 
 def _loop(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: _Run, out: Path) -> Iterator[Event]:
-    """Evaluate and save if due, stop if last, step. The device is waited for at log points alone."""
-    due = max(1, math.ceil(state.planned[1] / config.evaluations))
-    yield Begin(task="train", total=state.total_steps, unit="steps", done=state.step)
-    logged_at, logged_when, live = state.step, time.perf_counter(), dict[str, float]()
+    """Evaluate and save if due, stop if last, step. The device is waited for at log points, and where an epoch's order is copied to it."""
+    yield _begin(state)
+    live = LiveFigures(config, inputs, state)
     while True:
-        if state.done or state.step % due == 0 or state.step == state.first_steps:
-            refuse_bad_steps(state)
-            if not state.history or state.history[-1]["step"] < state.step:
+        evaluation_is_due = _evaluation_is_due(config, state)
+        if evaluation_is_due or state.step % LOG_EVERY == 0:
+            live.read(state)
+            if not evaluation_is_due and row_is_due(state):
+                state.history.append({"step": state.step, "lr": _last_rate(state), **live.row(state)})
+                run.log.row(state.history)
+            elif evaluation_is_due and (not state.history or state.history[-1]["step"] < state.step):  # a resumed run has this one
                 yield from _evaluate(config, inputs, state, run, live, out)
-            yield Advance(done=state.step, values={**_shown(state.history[-1]), **live})
-            logged_at, logged_when = state.step, time.perf_counter()
+            yield Advance(done=state.step, values=live.shown(state))
+            live.restart(state)
         if state.done:
             return
         _step(config, inputs, state, run)
-        if state.step % _LOG_EVERY == 0:
-            refuse_bad_steps(state)
-            images = (state.step - logged_at) * (config.finish_batch_size if state.finishing else config.batch_size)
-            live = {"loss": mean_loss(state), "images/s": images / max(1e-9, time.perf_counter() - logged_when)}
-            logged_at, logged_when = state.step, time.perf_counter()
-            yield Advance(done=state.step, values={**_shown(state.history[-1]), **live})
+
+
+def _begin(state: TrainState) -> Begin:
+    """Of either phase: their steps take different times."""
+    task = "train through the decoder" if state.finishing and not state.done else "train"
+    return Begin(task=task, total=max(1, state.total_steps), unit="steps", done=state.step)
+
+
+def _evaluation_is_due(config: TrainRectifierConfig, state: TrainState) -> bool:
+    """At the start and the end of each phase, and evenly between."""
+    first, total = state.planned
+    into, steps = (state.step - state.first_steps, total - first) if state.finishing else (state.step, first)
+    return state.done or into % evaluation_interval(steps, total, config.evaluations) == 0
 
 
 def _step(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: _Run) -> Tensor:
@@ -222,22 +251,20 @@ def _step(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: 
         index, latents = inputs.take(config.finish_batch_size, config.seed + 1, state.step - state.first_steps)
     else:
         index, latents = inputs.take(config.batch_size, config.seed, state.step)
+    state.optimizer.zero_grad()
     standardised = inputs.transform.standardize(latents)
-    codebook_loss = torch.zeros((), device=inputs.device)
+    loss = codebook_loss = torch.zeros((), device=inputs.device)
     if run.train is not None:
         quantized = run.train.batch(index, inputs.transform, state.quantizer)
     else:
         quantized, codebook_loss = _quantize(config, inputs, state, standardised)
-    if config.width == 0:
-        loss = codebook_loss
-    elif state.finishing:
+    if state.finishing:
         assert run.pictures is not None
-        with run.network.autocast(inputs.device):
-            loss = run.pictures(run.network(quantized), latents)
-    else:
-        loss = latent_loss(run.network(quantized), standardised, inputs.transform.scale) + codebook_loss
-    _update(config, inputs, state, loss)
-    return loss.detach()
+        loss = backward_in_parts(run.network, run.pictures, quantized, latents)
+    elif config.width:
+        loss = latent_loss(run.network(quantized), standardised, inputs.transform.scale)
+    _update(config, inputs, state, torch.stack([loss, codebook_loss]))
+    return (loss + codebook_loss).detach()
 
 
 def _quantize(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, standardised: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,22 +277,25 @@ def _quantize(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, s
     return inputs.transform.from_coordinates(coordinates.detach()), loss
 
 
-def _update(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, loss: Tensor) -> None:
-    """Backward, clip, step, average, reset unused codes at the end of an epoch; never waits for the device."""
+def _update(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, losses: Tensor) -> None:
+    """Backward from losses (2,) where that is still to be done, clip, step, average, reset unused codes at the end of an epoch; never waits for
+    the device."""
     frozen = config.codebook_lr == 0 or state.finishing
     rectifier_group, codebook_group = state.optimizer.param_groups
     rectifier_group["lr"] = _learning_rate(config, state)
     codebook_group["lr"] = 0.0 if frozen else config.codebook_lr * decay(config.schedule, state.step, state.planned[0])
-    state.optimizer.zero_grad()
-    if loss.requires_grad:
-        loss.backward()
+    if losses.requires_grad:
+        losses.sum().backward()
     codebooks = state.quantizer.codebooks
     if codebooks.grad is not None and ranks.world_size() > 1:
         ranks.sum_tensors(codebooks.grad).div_(ranks.world_size())
     norm = torch.nn.utils.clip_grad_norm_(state.rectifier.parameters(), 1.0)
-    shared = ranks.sum_tensors(loss.detach().clone()).div_(ranks.world_size())
+    shared = ranks.sum_tensors(losses.detach().clone()).div_(ranks.world_size())
     watch_for_bad_steps(state, shared, norm.to(shared.device))
     state.optimizer.step()
+    if codebooks.grad is not None:
+        # The quantizer's search follows the codes by their version, and the fused optimizer does not count its changes.
+        torch.autograd.graph.increment_version(codebooks)
     state.step += 1
     update_average(state.average, state.rectifier, config.ema, state.step)
     if not frozen and state.step % inputs.steps_per_epoch(config.batch_size) == 0:
@@ -274,8 +304,8 @@ def _update(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, los
 
 @torch.no_grad()
 def _reset_unused(state: TrainState, seed: int) -> None:
-    """The paper's non-activation reset, by the counts of all ranks."""
-    state.usage = float(usage(ranks.sum_tensors(state.counts)).mean())
+    """The paper's non-activation reset, by the counts of all ranks; how the codes were used until now stays on the device."""
+    state.usage = mean_usage(ranks.sum_tensors(state.counts))
     reset_unused(state.quantizer.codebooks, state.counts, seed=seed * 1_000_003 + state.step)
     state.counts.zero_()
 
@@ -287,72 +317,73 @@ def _learning_rate(config: TrainRectifierConfig, state: TrainState) -> float:
     return config.lr * first_phase_factor(config.schedule, state.step, state.planned[0])
 
 
-def _evaluate(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: _Run, live: dict[str, float], out: Path) -> Iterator[Event]:
-    """Validate, log, save a checkpoint, and end the phase where it no longer gets better."""
-    finishing = state.step > state.first_steps
-    figures = validate(inputs, state, run.val, run.pictures if finishing else None)
-    lr = state.optimizer.param_groups[0]["lr"] if state.step else _learning_rate(config, state)  # of the step just taken
-    row: dict[str, Any] = {"step": state.step, "lr": lr, **figures, "codebook_usage": codebook_usage(state)}
-    if state.history:
-        row |= {"train_loss": mean_loss(state), **({"images_per_s": live["images/s"]} if live else {})}
-    if inputs.device.type == "cuda":
-        row["device_memory_gib"] = torch.cuda.max_memory_allocated(inputs.device) / 2**30
+def _last_rate(state: TrainState) -> float:
+    """The rectifier's learning rate of the step just taken."""
+    return float(state.optimizer.param_groups[0]["lr"])
+
+
+def _evaluate(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, run: _Run, live: LiveFigures, out: Path) -> Iterator[Event]:
+    """Validate, end the phase where it no longer gets better, log, save a checkpoint; a diverged run ends before anything is written."""
+    lr = _last_rate(state) if state.step else _learning_rate(config, state)
+    row: dict[str, Any] = {"step": state.step, "lr": lr, **live.row(state), **codebook_figures(state), **validate(inputs, state, run.val)}
+    in_last_phase = state.step > state.first_steps
+    if in_last_phase:
+        row |= picture_error(inputs, state, run.val, run.pictures)
+    state.history.append(row)
+    best = judge(state, row, PICTURE_SCORE if in_last_phase else LATENT_SCORE)
+    stopped = stop_early(state, config.patience)
+    if state.step == state.first_steps < state.total_steps:  # where the last phase begins, to be judged by a score of its own
+        row |= picture_error(inputs, state, run.val, run.pictures)
+        best = judge(state, row, PICTURE_SCORE)
     if config.previews and config.width and ranks.rank() == 0:
         previewed, picture = preview(inputs, state, run.val, config.previews)
         row |= previewed
         run.log.picture("previews: vae, quantized, rectified", picture, state.step)
-    state.history.append(row)
-    state.loss_sum.zero_()
-    best = note_best(state, row["val_loss"], finishing)
-    stopped = stop_early(state, finishing, config.patience)
     run.log.row(state.history)
     save_checkpoint(state, out / "checkpoints", keep=config.keep, best=best)
     if stopped:
         yield Note(text=stopped)
-        yield Begin(task="train", total=max(1, state.total_steps), unit="steps", done=state.step)
+    if stopped or 0 < state.step == state.first_steps < state.total_steps:
+        yield _begin(state)
 
 
-def _claim(config: TrainRectifierConfig, store: LatentStore, out: Path) -> None:
-    """Rank 0 makes `out` the folder of this run."""
+def _identity(config: TrainRectifierConfig, store: LatentStore) -> dict[str, Any]:
+    """What makes a run folder this run's."""
     codebooks_sha256 = sha256_file(Path(config.codebooks) / CODEBOOKS_NAME)
-    identity = {**config.identity(), "store_fingerprint": store.fingerprint, "codebooks_sha256": codebooks_sha256}
-    ranks.on_first(lambda: claim_output(out, kind=RUN_KIND, identity=identity, overwrite=config.overwrite))
-
-
-def _is_complete(out: Path, planned: tuple[int, int]) -> bool:
-    """Whether the tokenizer of this very plan is there; one of fewer steps is replaced when the run has been made longer.
-
-    Raises:
-        OutputError: the run is already longer.
-    """
-    made = ranks.broadcast(read_json(out / "tokenizer" / "config.json"))
-    if made is None:
-        return False
-    steps = made.get("planned_steps", list(planned))
-    if steps[0] > planned[0]:
-        raise OutputError(f"{out} has been trained for {steps[0]} steps, more than the {planned[0]} asked for; choose another folder")
-    return bool(steps == list(planned))
+    return {**config.identity(), "store_fingerprint": store.fingerprint, "codebooks_sha256": codebooks_sha256}
 
 
 def _prepare(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, out: Path) -> Generator[Event, None, _Run]:
     """Everything that is done once before the first step."""
-    example = torch.zeros(inputs.batch_size(config.batch_size) // ranks.world_size(), *inputs.store.encoding.latent_shape, device=inputs.device)
-    network, note = open_network(state.rectifier, example, precision=config.precision, compiling=config.compile if config.width else "off")
+    if state.precision == "auto":
+        state.precision = ranks.broadcast("bf16" if bf16_is_fast(inputs.device) else "fp32")
+    example, finish_example = (_example(inputs, size) for size in (config.batch_size, config.finish_batch_size))
+    compiling = config.compile if config.width else "off"
+    network, note = open_network(state.rectifier, example, bf16=state.precision == "bf16", compiling=compiling)
     if note:
         yield Note(text=note, warning=True)
+    if note := search_note(inputs.device, state.quantizer.codebooks.shape[2]):
+        yield Note(text=note)
     train = val = pictures = None
-    if config.codebook_lr == 0:
-        val = quantize_once(inputs.val, inputs.transform, state.quantizer)
     if config.codebook_lr == 0 and isinstance(inputs.train, ResidentLatents):
-        train = quantize_once(inputs.train, inputs.transform, state.quantizer)
-        state.counts = code_counts(train.tokens.long(), state.counts.shape[1])
+        train = yield from quantize_once(inputs.train, config.split, inputs.transform, state.quantizer)
+        state.counts = train.counts
+    if config.codebook_lr == 0:
+        val = yield from quantize_once(inputs.val, inputs.val_name, inputs.transform, state.quantizer)
     if inputs.vae is not None:
-        pictures = PictureLoss(vae=inputs.vae, transform=inputs.transform, lpips=inputs.lpips, lpips_weight=config.finish_lpips)
+        micro_batch = config.micro_batch or len(finish_example)
+        pictures = PictureLoss(
+            vae=inputs.vae, transform=inputs.transform, lpips=inputs.lpips, lpips_weight=config.finish_lpips, micro_batch=micro_batch
+        )
+        if config.finish_steps and not state.done:
+            pictures, note = try_last_phase(network, pictures, state, finish_example)
+            if note:
+                yield Note(text=note)
     settings = {**config.identity(), "epochs": config.epochs, "steps": config.steps}
     log = TrainingLog(out, step=state.step + 1 if state.history else 0, wandb=config.wandb, settings=settings)
     return _Run(network=network, train=train, val=val, pictures=pictures, log=log)
 
 
-def _shown(row: dict[str, Any]) -> dict[str, float]:
-    """The figures worth watching, under the names that the progress bar has room for."""
-    return {"quantized": row["val_mse_quantized"], "rectified": row["val_mse_rectified"]}
+def _example(inputs: Inputs, batch_size: int) -> Tensor:
+    """A batch (B/R,C,H,W) of zeros, of the shape that steps of that batch size have."""
+    return torch.zeros(inputs.batch_size(batch_size) // ranks.world_size(), *inputs.store.encoding.latent_shape, device=inputs.device)

@@ -6,6 +6,7 @@ Shapes: T tokens, K codes per codebook.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ from .training_data import Inputs
 if TYPE_CHECKING:
     from .train_rectifier import TrainRectifierConfig
 
+LATENT_SCORE, PICTURE_SCORE = "val_loss", "val_picture_loss"
+"""The columns by which the first and the last phase are judged."""
+_DIVERGED = 10.0  # an untrained rectifier changes nothing, so each phase begins at an error that a sound one falls below
+_REMEDY = "try a lower --lr or --codebook-lr, or --precision fp32, in a new folder"
 _MODULES = ("rectifier", "average", "quantizer", "optimizer")
 
 
@@ -40,19 +45,21 @@ class TrainState:
     """Steps of both phases."""
     streamed: bool
     """Whether the latents are streamed, which is another order of them than resident ones have."""
+    precision: str
+    """"bf16" or "fp32", found out when the run begins and kept wherever it goes on; "auto" until then."""
     step: int = 0
     counts: Tensor
     """(T,K) int64: how often this rank used each code since the last reset of unused codes."""
     loss_sum: Tensor
-    """() sum of the losses since the last evaluation, on the device."""
+    """(2,) sums of the rectifier's and the codebooks' loss since the last log point, on the device."""
     bad_step: Tensor
     """() int64 on the device: the first step whose loss or gradient was not finite, -1 while there is none. From it on no weight changes."""
-    best: dict[str, float] = field(default_factory=dict)
-    """"step" and "score" of the best evaluation of the present phase; lower scores are better."""
-    usage: float | None = None
-    """Share of the codes used in the last whole epoch; None before the first one ends, and where the codebooks do not change."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """"step" and "score" of the best evaluation of the present phase, and which column of the table the score is; lower is better."""
+    usage: Tensor | None = None
+    """(3,) what `mean_usage` says of the last whole epoch, on the device; None before the first one ends, and where the codebooks do not change."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """Rows of metrics.parquet so far."""
+    """Rows of metrics.parquet so far: of evaluations, and between them of losses alone."""
 
     @property
     def finishing(self) -> bool:
@@ -63,10 +70,15 @@ class TrainState:
     def done(self) -> bool:
         return self.step >= self.total_steps
 
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evaluations so far."""
+        return [row for row in self.history if LATENT_SCORE in row]
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, the same whatever the number of ranks. Every rank must ask at once."""
         modules = {name: getattr(self, name).state_dict() for name in _MODULES}
-        names = ("planned", "streamed", "first_steps", "total_steps", "step", "best", "usage", "history")
+        names = ("planned", "streamed", "precision", "first_steps", "total_steps", "step", "best", "usage", "history")
         return {**modules, **{name: getattr(self, name) for name in names}, "counts": ranks.sum_tensors(self.counts.clone())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -77,6 +89,7 @@ class TrainState:
         for name in _MODULES:
             getattr(self, name).load_state_dict(state[name])
         self.step, self.best, self.usage, self.history = (state[name] for name in ("step", "best", "usage", "history"))
+        self.precision = state["precision"]
         if tuple(state["planned"]) == self.planned:
             self.first_steps, self.total_steps = state["first_steps"], state["total_steps"]
         self.counts.copy_(state["counts"])
@@ -108,54 +121,75 @@ def new_state(config: TrainRectifierConfig, inputs: Inputs, codebooks: Tensor) -
         first_steps=first,
         total_steps=total,
         streamed=inputs.stream is not None,
+        precision=config.precision,
         counts=torch.zeros(codebooks.shape[:2], dtype=torch.int64, device=device),
-        loss_sum=torch.zeros((), device=device),
+        loss_sum=torch.zeros(2, device=device),
         bad_step=torch.full((), -1, device=device),
     )
 
 
-def note_best(state: TrainState, score: float, finishing: bool) -> bool:
-    """Whether this evaluation is the best of its phase; the last phase's scores are not the first's, so it starts anew."""
-    fresh = not state.best or state.best["finishing"] != finishing
-    if fresh or score < state.best["score"]:
-        state.best = {"step": state.step, "score": score, "finishing": finishing}
-        return True
-    return False
+def judge(state: TrainState, row: dict[str, Any], score: str) -> bool:
+    """Whether the new evaluation `row` is the best of its phase by the column `score`; a phase starts anew, its scores are no other's.
+
+    Raises:
+        TrainingError: the score is not finite, or more than 10 times that of the phase's start: the run has diverged.
+    """
+    start = state.first_steps if score == PICTURE_SCORE else 0
+    first = next((earlier[score] for earlier in state.evaluations if earlier["step"] == start), row[score])
+    figures = [value for name, value in row.items() if name.startswith("val_")]
+    if not all(map(math.isfinite, figures)) or row[score] > _DIVERGED * first > 0:
+        found = f"{score} is {row[score]:.3g}, and was {first:.3g} at step {start}"
+        raise TrainingError(f"training has diverged by step {state.step}: {found}; the checkpoints are from before: {_REMEDY}")
+    if state.best.get("by") == score and row[score] >= state.best["score"]:
+        return False
+    state.best = {"step": state.step, "score": row[score], "by": score}
+    return True
 
 
-def stop_early(state: TrainState, finishing: bool, patience: int | None) -> str:
+def stop_early(state: TrainState, patience: int | None) -> str:
     """End the present phase after `patience` evaluations without a better one; says so, or "" where it goes on."""
-    later = [row for row in state.history if row["step"] > state.best["step"]]
+    later = [row for row in state.evaluations if row["step"] > state.best["step"]]
     if patience is None or len(later) < patience or state.done or state.step == state.first_steps:
         return ""
+    finishing = state.finishing
     if finishing:
         state.total_steps = state.step
     else:
         state.first_steps, state.total_steps = state.step, state.step + state.planned[1] - state.planned[0]
-    return f"no better since step {state.best['step']:.0f}: the {'last' if finishing else 'first'} phase ends at step {state.step}"
+    return f"no better since step {state.best['step']}: the {'last' if finishing else 'first'} phase ends at step {state.step}"
 
 
-def watch_for_bad_steps(state: TrainState, loss: Tensor, norm: Tensor) -> None:
-    """Note on the device the first step that is not finite. From there on the fused optimizer leaves every weight as it is.
+def chosen_step(state: TrainState, patience: int | None) -> tuple[int, str]:
+    """The step whose weights the tokenizer gets, and what to say of it ("" where it goes without saying).
+
+    The last one; the best one of the phase that came last, with `patience` and where the last phase ends no better than it began.
+    """
+    last = state.evaluations[-1]
+    if patience is not None:
+        return int(state.best["step"]), ""
+    start = next((row[PICTURE_SCORE] for row in state.evaluations if row["step"] == state.first_steps and PICTURE_SCORE in row), None)
+    if start is None or last["step"] == state.first_steps or last[PICTURE_SCORE] < start:
+        return int(last["step"]), ""
+    best = int(state.best["step"])
+    return best, (
+        f"the last phase ends no better than it began (loss through the decoder {last[PICTURE_SCORE]:.4g}, {start:.4g} at its start): "
+        f"the tokenizer gets the weights of step {best}"
+    )
+
+
+def watch_for_bad_steps(state: TrainState, losses: Tensor, norm: Tensor) -> None:
+    """Add up the losses (2,), and note on the device the first step that is not finite: from it on the fused optimizer changes no weight.
 
     `found_inf` is what torch.amp.GradScaler gives it for this purpose; asking the loss itself would wait for the device at each step.
     """
-    bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-    here = torch.full_like(state.bad_step, state.step)  # made on the device: a copy from the host would wait
-    state.bad_step = torch.where((state.bad_step < 0) & bad, here, state.bad_step)
-    state.loss_sum += loss
+    state.loss_sum += losses
+    bad = ~torch.isfinite(losses.sum() + norm)
+    state.bad_step.masked_fill_(bad & (state.bad_step < 0), state.step)
     state.optimizer.found_inf = (state.bad_step >= 0).float()  # type: ignore[attr-defined]
 
 
 def refuse_bad_steps(state: TrainState) -> None:
-    """Raise TrainingError, naming the step, where one was not finite."""
+    """Raise TrainingError, naming the step, where one was not finite. Waits for the device."""
     step = int(state.bad_step)
     if step >= 0:
-        raise TrainingError(
-            f"the loss or its gradient is not finite at step {step}; nothing was written over: try a lower --lr, or --precision fp32, in a new folder"
-        )
-
-
-def mean_loss(state: TrainState) -> float:
-    """Of the steps since the last evaluation."""
-    return float(state.loss_sum) / max(1, state.step - int(state.history[-1]["step"]))
+        raise TrainingError(f"the loss or its gradient is not finite at step {step}; nothing was written over: {_REMEDY}")

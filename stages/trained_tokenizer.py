@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import OutputError
+from ..files import read_json
 from ..models.codebooks import Codebooks
 from ..models.rectifier import parameter_count
 from ..models.tokenizer import FORMAT_VERSION, TOKENIZER_KIND, ReVQTokenizer
+from . import ranks
 from .train_state import TrainState
 from .training_data import Inputs
 
@@ -16,11 +19,26 @@ if TYPE_CHECKING:
     from .train_rectifier import TrainRectifierConfig
 
 
-def build_tokenizer(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, fitted: Codebooks) -> ReVQTokenizer:
-    """Transform, codebooks and averaged rectifier of a state that has reached its end."""
+def is_complete(out: Path, planned: tuple[int, int]) -> bool:
+    """Whether the tokenizer of this very plan is there; one of fewer steps is replaced when the run has been made longer.
+
+    Raises:
+        OutputError: the run is already longer.
+    """
+    made = ranks.broadcast(read_json(out / "tokenizer" / "config.json"))
+    if made is None:
+        return False
+    steps = made.get("planned_steps", list(planned))
+    if steps[0] > planned[0]:
+        raise OutputError(f"{out} has been trained for {steps[0]} steps, more than the {planned[0]} asked for; choose another folder")
+    return bool(steps == list(planned))
+
+
+def build_tokenizer(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, fitted: Codebooks, step: int) -> ReVQTokenizer:
+    """Transform, codebooks and averaged rectifier of a state that has reached its end and holds the weights of `step`."""
     tokens, codes, _ = fitted.codebooks.shape
     encoding = inputs.store.encoding
-    last = _chosen(config, state)
+    row = next(row for row in state.evaluations if row["step"] == step)
     tokenizer = ReVQTokenizer(
         {
             "kind": TOKENIZER_KIND,
@@ -35,9 +53,10 @@ def build_tokenizer(config: TrainRectifierConfig, inputs: Inputs, state: TrainSt
             "rectifier": state.rectifier.settings if config.width else None,
             "vae": encoding.vae,
             "store_fingerprint": inputs.store.fingerprint,
-            "metrics": {"val_mse_quantized": last["val_mse_quantized"], "val_mse_rectified": last["val_mse_rectified"]},
+            "metrics": {"val_mse_quantized": row["val_mse_quantized"], "val_mse_rectified": row["val_mse_rectified"]},
             "validated_on": inputs.val_name,
             "steps": state.total_steps,
+            "weights_of_step": step,
             "planned_steps": list(state.planned),
         }
     )
@@ -46,13 +65,6 @@ def build_tokenizer(config: TrainRectifierConfig, inputs: Inputs, state: TrainSt
     if tokenizer.rectifier is not None:
         tokenizer.rectifier.load_state_dict(state.average.state_dict())
     return tokenizer
-
-
-def _chosen(config: TrainRectifierConfig, state: TrainState) -> dict[str, Any]:
-    """The row of metrics of the weights that the tokenizer gets."""
-    if config.patience is None:
-        return state.history[-1]
-    return next(row for row in state.history if row["step"] == state.best["step"])
 
 
 def save_tokenizer(tokenizer: ReVQTokenizer, folder: Path) -> None:

@@ -20,15 +20,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..cache.batches import Batch, ResidentLatents, StreamingLatents, epoch_permutation, open_latents, split_rows, spread_rows
+from ..cache.batches import (
+    Batch,
+    ResidentLatents,
+    StreamingLatents,
+    epoch_permutation,
+    open_reader,
+    reader_that_fits,
+    split_rows,
+    spread_rows,
+)
 from ..cache.store import LatentSplit, LatentStore
 from ..errors import CodebookError, ConfigError, MismatchError, TrainingError
 from ..models.codebooks import Codebooks
 from ..models.device import pick_device
-from ..models.quantizer import MultiGroupQuantizer
 from ..models.transform import LatentTransform
 from ..models.vae import FrozenVAE
 from . import ranks
+from .frozen_table import table_bytes
 from .objectives import open_lpips
 
 if TYPE_CHECKING:
@@ -36,8 +45,6 @@ if TYPE_CHECKING:
 
 LATENTS = ("auto", "resident", "stream")
 _HELD_OUT_SHARE = 0.02
-_QUANTIZE_BATCH = 256
-_QUANTIZED_TABLE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +111,7 @@ class Stream:
         return next(self._batches)
 
 
-# Shuffling a million rows takes as long as a step; an epoch's order is the same at each of its steps.
+# Shuffling a million rows takes as long as a step; an epoch's order is the same at each of its steps. Copying it waits for a GPU, once an epoch.
 @functools.lru_cache(maxsize=1)
 def _epoch_order(rows: int, strata: int, rank: int, world_size: int, seed: int, epoch: int, device: torch.device) -> Tensor:
     """(rows // strata, strata / world_size) positions in this rank's part: batch by batch, one latent of each of the rank's strata."""
@@ -117,44 +124,22 @@ def _epoch_order(rows: int, strata: int, rank: int, world_size: int, seed: int, 
     return torch.stack(columns, 1).to(device)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FrozenTable:
-    """Latents that were quantized once, because the codebooks do not change; a batch is a look-up."""
-
-    tokens: Tensor
-    """(N,T) int32 indices."""
-    quantized: Tensor | None
-    """(N,C,H,W) float32 quantized standardised latents: where they fit, even the way back from coordinates is spared. None where they do not."""
-
-    def batch(self, index: Tensor, transform: LatentTransform, quantizer: MultiGroupQuantizer) -> Tensor:
-        """(B,) positions -> (B,C,H,W) quantized standardised latents."""
-        index = index.to(self.tokens.device)
-        if self.quantized is not None:
-            return self.quantized.index_select(0, index)
-        return transform.from_coordinates(quantizer.decode(self.tokens.index_select(0, index).long()))
+def _open_train(split: LatentSplit, rows: NDArray[np.int64], device: torch.device, how: str, beside_bytes: int) -> ResidentLatents | StreamingLatents:
+    """`how` is "auto", "resident" or "stream". All ranks stream where one must: resident and streamed latents come in different orders."""
+    if how != "stream":
+        fitting = ranks.gather(reader_that_fits(split, rows, device, beside_bytes=beside_bytes))
+        if how == "auto" and "stream" in fitting:
+            how = "stream"
+        elif device.type == "cuda" and fitting[ranks.rank()] != "resident":
+            how = "pinned"
+    return open_reader(how, split, rows, device)
 
 
-@torch.no_grad()
-def quantize_once(latents: ResidentLatents, transform: LatentTransform, quantizer: MultiGroupQuantizer) -> FrozenTable:
-    """The table of all of `latents`."""
-    tokens, quantized = [], []
-    keep = latents.latents.numel() * 4 <= _QUANTIZED_TABLE_BYTES
-    for index in torch.arange(len(latents)).split(_QUANTIZE_BATCH):
-        indices = quantizer.encode(transform(latents.batch(index)))
-        tokens.append(indices.int())
-        if keep:
-            quantized.append(transform.from_coordinates(quantizer.decode(indices)))
-    return FrozenTable(tokens=torch.cat(tokens), quantized=torch.cat(quantized) if keep else None)
-
-
-def _open_train(split: LatentSplit, rows: NDArray[np.int64], device: torch.device, how: str) -> ResidentLatents | StreamingLatents:
-    if how == "auto":
-        return open_latents(split, rows, device)
-    return StreamingLatents(split, rows, device) if how == "stream" else ResidentLatents(split, rows, device)
-
-
-def open_inputs(config: TrainRectifierConfig, store: LatentStore, fitted: Codebooks) -> Inputs:
+def open_inputs(config: TrainRectifierConfig, store: LatentStore, fitted: Codebooks, began: str | None = None) -> Inputs:
     """Open everything before anything slow, and choose the rows: rectifier and codebooks may see different images.
+
+    Args:
+        began: "resident" or "stream", what the run to be resumed began with, which `latents` = "auto" keeps to; None where it is new.
 
     Raises:
         StoreError, CodebookError, MismatchError, VAEError, TrainingError, ConfigError: see their messages.
@@ -168,7 +153,10 @@ def open_inputs(config: TrainRectifierConfig, store: LatentStore, fitted: Codebo
         vae = FrozenVAE.load_recorded(store.encoding.vae, spec=config.vae, device=device)
     if config.width and config.finish_steps and config.finish_lpips:
         lpips = open_lpips(store.encoding.image_size, device)
-    train = _open_train(split, _part(rows), device, config.latents)
+    own = _part(rows)
+    tokens, codes, _ = fitted.codebooks.shape
+    beside = table_bytes(len(own), store.encoding.latent_shape, tokens, codes) if config.codebook_lr == 0 else 0
+    train = _open_train(split, own, device, began or "auto" if config.latents == "auto" else config.latents, beside)
     return Inputs(
         store=store,
         transform=fitted.transform.to(device),

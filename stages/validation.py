@@ -1,4 +1,4 @@
-"""How well the rectifier does on latents that it was not trained on: errors before and after, codebook usage, and preview pictures.
+"""How well the rectifier does on latents that it was not trained on: errors before and after, and preview pictures.
 
 Nothing here changes the state. Shapes: B batch, M preview pictures, C,H,W latent channels, rows, columns, S image side, T tokens, K codes.
 """
@@ -10,25 +10,24 @@ import math
 import torch
 from torch import Tensor
 
-from ..models.quantizer import usage
 from . import ranks
+from .frozen_table import FrozenTable
 from .objectives import PictureLoss, latent_loss
-from .train_state import TrainState
-from .training_data import FrozenTable, Inputs
+from .train_state import LATENT_SCORE, PICTURE_SCORE, TrainState
+from .training_data import Inputs
 
 _BATCH = 256
 _PICTURE_BATCH = 32
 _MOST_DECODED = 256
-"""Pictures decoded at one validation of the last phase, on all ranks together: a decoder pass costs far more than a rectifier pass."""
+"""Pictures decoded at one evaluation of the last phase, on all ranks together: a decoder pass costs far more than a rectifier pass."""
 
 
 @torch.no_grad()
-def validate(inputs: Inputs, state: TrainState, table: FrozenTable | None, pictures: PictureLoss | None) -> dict[str, float]:
-    """Mean squared errors of standardised latents before and after rectification, and the loss of the present phase.
+def validate(inputs: Inputs, state: TrainState, table: FrozenTable | None) -> dict[str, float]:
+    """Mean squared errors of standardised latents before and after rectification, and the loss of the first phase.
 
     Args:
         table: the validation latents quantized once; None where the codebooks change.
-        pictures: the loss of the last phase; None in the first.
     """
     scale, sums = inputs.transform.scale, torch.zeros(3, dtype=torch.float64)
     for index in torch.arange(len(inputs.val)).split(_BATCH):
@@ -37,21 +36,22 @@ def validate(inputs: Inputs, state: TrainState, table: FrozenTable | None, pictu
         errors = (quantized - standardised).square().mean(), (rectified - standardised).square().mean()
         sums += torch.tensor([*map(float, errors), float(latent_loss(rectified, standardised, scale))], dtype=torch.float64) * len(index)
     before, after, loss = (ranks.sum_tensors(sums) / inputs.val_rows).tolist()
-    if pictures is not None:
-        loss = _picture_error(inputs, state, table, pictures)
-    return {"val_mse_quantized": before, "val_mse_rectified": after, "val_loss": loss}
+    return {"val_mse_quantized": before, "val_mse_rectified": after, LATENT_SCORE: loss}
 
 
-def _picture_error(inputs: Inputs, state: TrainState, table: FrozenTable | None, pictures: PictureLoss) -> float:
-    """Mean of the last phase's loss over the first of each rank's validation latents."""
+@torch.no_grad()
+def picture_error(inputs: Inputs, state: TrainState, table: FrozenTable | None, pictures: PictureLoss | None) -> dict[str, float]:
+    """Mean of the last phase's loss `pictures` over the first of each rank's validation latents."""
+    assert pictures is not None  # it is there where a last phase is
     sums = torch.zeros(2, dtype=torch.float64)
     most = max(1, _MOST_DECODED // ranks.world_size())
-    for index in torch.arange(min(most, len(inputs.val))).split(_PICTURE_BATCH):
+    together = min(_PICTURE_BATCH, 4 * pictures.micro_batch)  # a pass that keeps nothing for gradients needs far less than a quarter of the memory
+    for index in torch.arange(min(most, len(inputs.val))).split(together):
         _, quantized = val_batch(inputs, state, table, index)
         loss = float(pictures(state.average(quantized), inputs.val.batch(index)))
         sums += torch.tensor([loss * len(index), len(index)], dtype=torch.float64)
     total, count = ranks.sum_tensors(sums).tolist()
-    return total / count
+    return {PICTURE_SCORE: total / count}
 
 
 def val_batch(inputs: Inputs, state: TrainState, table: FrozenTable | None, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,13 +61,6 @@ def val_batch(inputs: Inputs, state: TrainState, table: FrozenTable | None, inde
         return standardised, table.batch(index, inputs.transform, state.quantizer)
     indices = state.quantizer.encode(inputs.transform.to_coordinates(standardised))
     return standardised, inputs.transform.from_coordinates(state.quantizer.decode(indices))
-
-
-def codebook_usage(state: TrainState) -> float:
-    """Share of the codes that the train latents of all ranks use: in the last whole epoch, or so far in the first."""
-    if state.usage is not None:
-        return state.usage
-    return float(usage(ranks.sum_tensors(state.counts.clone())).mean())
 
 
 @torch.no_grad()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -148,3 +151,43 @@ def test_the_demo_preset_is_whole_and_stays_offline():
     assert (plan.encode_train.images, plan.encode_train.vae) == ("photographs:train", "revq-tiny-f8c8")
     assert plan.evaluate.images == "photographs:held-out"
     assert not plan.evaluate.download
+
+
+# Given by the run, by the machine, or None, which TOML cannot say; epochs and steps exclude each other.
+NOT_SAID = {"split", "val_split", "latents", "precision", "patience", "max_samples", "store_fingerprint", "epochs", "steps"}
+
+
+def preset_tables(name: str) -> dict[str, dict[str, object]]:
+    return tomllib.loads(files("revq.pipeline").joinpath("presets", f"{name}.toml").read_text())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_says_every_setting_that_shapes_its_weights(name: str):
+    plan, tables = load_plan(preset=name, images="a", val_images="b", out="c"), preset_tables(name)
+    train = set(plan.train.identity()) - NOT_SAID
+    if plan.train.finish_steps == 0:
+        train -= {"finish_batch_size", "finish_lpips"}
+    fit = set(plan.fit.identity(SimpleNamespace(fingerprint=""))) - NOT_SAID  # type: ignore[arg-type]
+    assert train - set(tables["train-rectifier"]) == set()
+    assert fit - set(tables["fit-codebooks"]) == set()
+    assert {"vae", "image_size", "views", "dtype", "seed"} - set(tables["encode-latents"]) == set()
+    assert ("epochs" in tables["train-rectifier"]) != ("steps" in tables["train-rectifier"])
+
+
+def test_the_table_in_the_documentation_is_what_the_presets_say():
+    text = (Path(__file__).parent.parent / "docs" / "presets.md").read_text()
+    head, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    names = [cell.strip("`") for cell in head[2:]]
+    assert sorted(names) == preset_names()
+    documented: dict[tuple[str, str, str], str] = {}
+    for table, key, *cells in (row for row in rows if len(row) == 6 and row[1].startswith("`")):
+        documented |= {(name, table, key.strip("`")): cell for name, cell in zip(names, cells, strict=True) if cell}
+    said = {
+        (name, table, key): f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+        for name in names
+        for table, keys in preset_tables(name).items()
+        if isinstance(keys, dict)
+        for key, value in keys.items()
+        if key not in ("train", "val")
+    }
+    assert documented == {where: value.replace("mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", "DC-AE f32c32") for where, value in said.items()}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from revq import nearest_codes
 from revq.errors import ConfigError
-from revq.models import box_search
+from revq.models import box_search, nearest
 from revq.models.nearest import NearestCodes, _pick_backend
 
 BACKENDS = ["boxes", "product"]
@@ -128,14 +128,42 @@ def test_a_codebook_of_one_code_repeated_many_times_answers_with_the_first(backe
 def test_the_backend_is_chosen_by_device_dims_and_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr("revq.models.nearest._has", lambda package: True)
+    monkeypatch.setattr("revq.models.nearest._fused_fault", lambda device, dims: "")
     assert _pick_backend(cpu, 4) == _pick_backend(cpu, 64) == "boxes"
     assert _pick_backend(gpu, 4) == "fused"
     assert _pick_backend(gpu, 64) == "product"
     monkeypatch.setattr("revq.models.nearest._has", lambda package: False)
+    monkeypatch.setattr("revq.models.nearest._fused_fault", lambda device, dims: "ModuleNotFoundError")
     assert _pick_backend(cpu, 4) == _pick_backend(gpu, 4) == "product"
     for backend, package in (("fused", "Triton"), ("boxes", "Numba")):
         with pytest.raises(ConfigError, match=f"needs {package}"):
             NearestCodes(torch.randn(1, 4, 4), backend)
+
+
+@needs_triton
+def test_a_kernel_that_cannot_be_launched_is_tried_once_and_the_product_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    from revq.models import fused_nearest
+
+    tries = []
+
+    def launch(points: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        tries.append(points.shape)
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable")
+
+    monkeypatch.setattr(fused_nearest, "fused_nearest", launch)
+    monkeypatch.setattr(nearest, "_is_for_fused", lambda device, dims: dims <= 8)  # as a GPU would be
+    monkeypatch.setattr(nearest, "_has", lambda package: False)
+    nearest._fused_fault.cache_clear()
+    codebooks, points = torch.randn(2, 30, 4), torch.randn(2, 9, 4)
+    for _ in range(2):
+        search = NearestCodes(codebooks)
+        assert search.backend == "product"
+        assert torch.equal(search.query(points), oracle_distances(points, codebooks).argmin(2))
+    note = nearest.search_note(codebooks.device, 4)
+    assert note.startswith("the fused search of nearest codes is not to be had here (RuntimeError: Failed to find C compiler. Please")
+    assert nearest.search_note(codebooks.device, 9) == ""
+    assert tries == [(1, 1, 4)]
+    nearest._fused_fault.cache_clear()
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +20,19 @@ import pytest
 import torch
 from random_weights import save_random_alexnet
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import config, made_by, newest_step, prepared, stop_at, weights
 
 from revq import LatentStore, ReVQTokenizer
 from revq.errors import ConfigError, MismatchError, OutputError, TrainingError
 from revq.models.codebooks import load_codebooks
-from revq.stages import training_data
+from revq.models.quantizer import MultiGroupQuantizer
+from revq.stages import frozen_table
 from revq.stages.checkpoints import resume
-from revq.stages.events import Advance, Event, Note, run_quietly
-from revq.stages.train_rectifier import TrainRectifierConfig, _prepare, _reset_unused, _step, train_rectifier
+from revq.stages.events import Note, run_quietly
+from revq.stages.train_rectifier import _prepare, _reset_unused, _step, train_rectifier
 from revq.stages.train_state import new_state
 from revq.stages.training_data import open_inputs
 from revq.stages.validation import validate
-
-SMALL = {"steps": 12, "batch_size": 16, "width": 32, "depth": 1, "evaluations": 4}
-
-
-def config(store: Path, codebooks: Path, out: Path, **changes: object) -> TrainRectifierConfig:
-    return TrainRectifierConfig(**{"store": str(store), "codebooks": str(codebooks), "out": str(out), **SMALL, **changes})  # type: ignore[arg-type]
-
-
-def weights(out: Path) -> bytes:
-    return (out / "tokenizer" / "model.safetensors").read_bytes()
-
-
-def made_by(events: Generator[Event, None, Any]) -> Any:
-    """What a generator of events returns."""
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            return stop.value
 
 
 def test_a_run_leaves_a_tokenizer_metrics_checkpoints_and_tensorboard_events(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
@@ -84,12 +66,8 @@ def test_stopped_at_any_step_and_given_again_it_ends_with_the_same_weights(
 ) -> None:
     changes = {"codebook_lr": codebook_lr, "finish_steps": 4, "finish_batch_size": 4}
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "whole", **changes)))
-    for stop_at in (4, 8, 12):
-        stopped = train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes))
-        for event in stopped:
-            if isinstance(event, Advance) and event.done == stop_at:
-                stopped.close()  # type: ignore[attr-defined]
-                break
+    for step in (4, 8, 12, 14):
+        stop_at(step, train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes)))
     events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes)))
     assert any(isinstance(event, Note) and "resuming at step" in event.text for event in events)
     assert weights(tmp_path / "whole") == weights(tmp_path / "stopped")
@@ -117,18 +95,9 @@ def test_killed_at_random_instants_and_given_again_it_ends_with_the_same_weights
     assert weights(tmp_path / "whole") == weights(tmp_path / "killed")
 
 
-def newest_step(run: Path) -> int:
-    """Of its checkpoints; -1 where there is none."""
-    return max((int(path.stem[5:]) for path in run.glob("checkpoints/step-*.pt")), default=-1)
-
-
 def test_a_torn_checkpoint_is_said_and_the_one_before_is_used(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "whole")))
-    stopped = train_rectifier(config(small_store, small_codebooks, tmp_path / "torn"))
-    for event in stopped:
-        if isinstance(event, Advance) and event.done == 9:
-            stopped.close()  # type: ignore[attr-defined]
-            break
+    stop_at(9, train_rectifier(config(small_store, small_codebooks, tmp_path / "torn")))
     newest = sorted((tmp_path / "torn" / "checkpoints").iterdir())[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
     notes = [event.text for event in train_rectifier(config(small_store, small_codebooks, tmp_path / "torn")) if isinstance(event, Note)]
@@ -170,9 +139,7 @@ def test_streamed_latents_are_resumed_to_the_same_weights_and_not_mixed_with_res
 ) -> None:
     changes = {"latents": "stream", "steps": 20, "codebook_lr": 0.0}
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "whole", **changes)))
-    stopped = train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes))
-    next(event for event in stopped if isinstance(event, Advance) and event.done == 10)
-    stopped.close()  # type: ignore[attr-defined]
+    stop_at(10, train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes)))
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes)))
     assert weights(tmp_path / "whole") == weights(tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "tokenizer")
@@ -185,7 +152,7 @@ def test_streamed_latents_are_resumed_to_the_same_weights_and_not_mixed_with_res
 def test_a_batch_looked_up_in_the_table_equals_one_quantized_anew(
     small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
 ) -> None:
-    monkeypatch.setattr(training_data, "_QUANTIZED_TABLE_BYTES", 1 << 30 if held else 0)
+    monkeypatch.setattr(frozen_table, "_QUANTIZED_BYTES", 1 << 30 if held else 0)
     settings = config(small_store, small_codebooks, Path("unused"), codebook_lr=0.0)
     fitted = load_codebooks(small_codebooks)
     inputs = open_inputs(settings, LatentStore.open(small_store), fitted)
@@ -200,6 +167,16 @@ def test_a_batch_looked_up_in_the_table_equals_one_quantized_anew(
 def test_without_a_validation_split_whole_images_are_held_out(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     result = run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", val_split="none")))
     assert result["validated_on"] == "last 2 % of train"
+
+
+def test_codes_that_a_step_moved_are_searched_where_they_are_now(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    ready = prepared(small_store, small_codebooks, tmp_path, codebook_lr=0.3)
+    for _ in range(3):
+        ready.step()
+    quantizer, transform = ready.state.quantizer, ready.inputs.transform
+    coordinates = transform(ready.inputs.val.batch(torch.arange(len(ready.inputs.val))))
+    anew = MultiGroupQuantizer(quantizer.codebooks.detach().clone())
+    assert torch.equal(quantizer.encode(coordinates), anew.encode(coordinates))
 
 
 def test_unused_codes_move_beside_used_ones(small_store: Path, small_codebooks: Path) -> None:
@@ -224,35 +201,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(small_store:
     assert not (tmp_path / "run" / "tokenizer").exists()
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """Everything that steps need."""
-
-    settings: TrainRectifierConfig
-    inputs: Any
-    state: Any
-    run: Any
-
-    def step(self) -> torch.Tensor:
-        return _step(self.settings, self.inputs, self.state, self.run)
-
-    def weights(self) -> list[torch.Tensor]:
-        return [tensor.clone() for module in (self.state.rectifier, self.state.quantizer) for tensor in module.state_dict().values()]
-
-
-def prepared(store: Path, codebooks: Path, out: Path, **changes: object) -> Prepared:
-    settings, fitted = config(store, codebooks, out, **changes), load_codebooks(codebooks)
-    inputs = open_inputs(settings, LatentStore.open(store), fitted)
-    state = new_state(settings, inputs, fitted.codebooks)
-    return Prepared(settings, inputs, state, made_by(_prepare(settings, inputs, state, out)))
-
-
 def test_validation_counts_no_codes(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     ready = prepared(small_store, small_codebooks, tmp_path, codebook_lr=0.01, steps=3)
     ready.step()
     counts = ready.state.counts.clone()
     assert int(counts.sum()) == 16 * 512  # a batch of 16, a code for each of 512 tokens
-    validate(ready.inputs, ready.state, ready.run.val, None)
+    validate(ready.inputs, ready.state, ready.run.val)
     assert torch.equal(ready.state.counts, counts)
 
 
@@ -270,23 +224,25 @@ def test_from_a_step_that_is_not_finite_on_no_weight_changes(small_store: Path, 
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails on every operation whose result the host must wait for, but in the search by product: on CUDA the fused one takes its place."""
+    """Fails on every operation whose result the host must wait for, but in the search by product (on CUDA the fused one takes its place) and
+    in what moves unused codes."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(function)
         if name.startswith(("aten._local_scalar_dense", "aten.equal", "aten.nonzero")):
-            searching = any(frame.name == "_nearest_by_product" for frame in traceback.extract_stack())
-            assert searching, f"{name} waits for the device"
+            allowed = {"_nearest_by_product", "reset_unused"}
+            assert any(frame.name in allowed for frame in traceback.extract_stack()), f"{name} waits for the device"
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("codebook_lr", [0.0, 0.01], ids=["frozen codebooks", "trained codebooks"])
 def test_a_step_never_waits_for_the_device(small_store: Path, small_codebooks: Path, tmp_path: Path, codebook_lr: float) -> None:
-    ready = prepared(small_store, small_codebooks, tmp_path, codebook_lr=codebook_lr, steps=2, finish_steps=2, finish_batch_size=4)
+    ready = prepared(small_store, small_codebooks, tmp_path, codebook_lr=codebook_lr, batch_size=40, steps=4, finish_steps=2, finish_batch_size=4)
     with NoWaiting():
-        for _ in range(4):
+        for _ in range(6):  # an epoch ends after the third
             ready.step()
     assert ready.state.done
+    assert (ready.state.usage is not None) == (codebook_lr > 0)
 
 
 def test_ten_epochs_and_ten_more_equal_twenty(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
@@ -355,7 +311,7 @@ def test_lpips_joins_the_loss_of_the_last_phase(small_store: Path, small_codeboo
     settings = {"steps": 0, "finish_steps": 2, "finish_batch_size": 4, "evaluations": 1}
     for weight in (0.0, 1.0):
         run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / str(weight), finish_lpips=weight, **settings)))
-    plain, perceptual = (pq.read_table(tmp_path / name / "metrics.parquet")["val_loss"][-1].as_py() for name in ("0.0", "1.0"))
+    plain, perceptual = (pq.read_table(tmp_path / name / "metrics.parquet")["val_picture_loss"][-1].as_py() for name in ("0.0", "1.0"))
     assert perceptual > 1.01 * plain
 
 

@@ -1,0 +1,98 @@
+"""What a user watches between evaluations: losses, speed and memory. Reading them waits for the device, so it is done at log points alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .train_state import TrainState, refuse_bad_steps
+from .training_data import Inputs
+
+if TYPE_CHECKING:
+    from .train_rectifier import TrainRectifierConfig
+
+LOG_EVERY = 25
+"""Steps between log points."""
+_ROWS = 200
+"""About so many rows of losses in a long run; a short one has a row for each log point."""
+
+
+def row_is_due(state: TrainState) -> bool:
+    """Whether a log point also gets a row of its own in metrics.parquet and TensorBoard."""
+    return state.step % (LOG_EVERY * max(1, round(state.total_steps / _ROWS / LOG_EVERY))) == 0
+
+
+@dataclass
+class _Window:
+    """Sums over some steps."""
+
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
+    codebook_loss: float = 0.0
+
+
+class LiveFigures:
+    """Means over the steps since the last log point, for the progress line, and since the last row, for the table."""
+
+    def __init__(self, config: TrainRectifierConfig, inputs: Inputs, state: TrainState) -> None:
+        self._config, self._inputs, self._row = config, inputs, _Window()
+        self._last: dict[str, float] = {}
+        self.restart(state)
+
+    def restart(self, state: TrainState) -> None:
+        """Start the clock anew: what an evaluation takes is no training."""
+        self._step, self._when = state.step, time.perf_counter()
+
+    def read(self, state: TrainState) -> dict[str, float]:
+        """Figures of the steps since the last log point, empty where there are none; raises TrainingError where one was not finite."""
+        refuse_bad_steps(state)
+        steps = state.step - self._step
+        images = steps * self._inputs.batch_size(self._config.finish_batch_size if _in_last_phase(state) else self._config.batch_size)
+        window = _Window(steps, images, time.perf_counter() - self._when, *state.loss_sum.tolist())
+        state.loss_sum.zero_()
+        self._row = _Window(*(a + b for a, b in zip(astuple(self._row), astuple(window), strict=True)))
+        self.restart(state)
+        self._last = self._means(window, state) | self._memory()
+        return self._last
+
+    def shown(self, state: TrainState) -> dict[str, float]:
+        """What was read last and what was evaluated last, under the names that the progress line has room for. Waits for the device."""
+        names = {"quantized": "val_mse_quantized", "rectified": "val_mse_rectified", "preview_db": "preview_rectified_db"}
+        if self._config.codebook_lr > 0:
+            names["usage"] = "codebook_usage"
+        evaluation = state.evaluations[-1]
+        shown = {short: evaluation[name] for short, name in names.items() if name in evaluation}
+        if state.usage is not None:
+            shown["usage"] = float(state.usage[0])
+        short_names = {"images_per_s": "images/s", "device_memory_gib": "GiB"}
+        return shown | {short_names.get(name, name): value for name, value in self._last.items()}
+
+    def row(self, state: TrainState) -> dict[str, float]:
+        """Figures of the steps since the last row, up to the last log point."""
+        row, self._row = self._row, _Window()
+        means = self._means(row, state)
+        return {name if name == "images_per_s" else f"train_{name}": value for name, value in means.items()} | self._memory()
+
+    def _means(self, window: _Window, state: TrainState) -> dict[str, float]:
+        """Of the losses that are trained."""
+        if not window.steps:
+            return {}
+        means = {"loss": window.loss / window.steps} if self._config.width else {}
+        if self._config.codebook_lr > 0 and not _in_last_phase(state):
+            means["codebook_loss"] = window.codebook_loss / window.steps
+        return {**means, "images_per_s": window.images / max(1e-9, window.seconds)}
+
+    def _memory(self) -> dict[str, float]:
+        if self._inputs.device.type != "cuda":
+            return {}
+        return {"device_memory_gib": torch.cuda.max_memory_allocated(self._inputs.device) / 2**30}
+
+
+def _in_last_phase(state: TrainState) -> bool:
+    """Of the step just taken: a phase's end is an evaluation, so no window reaches over it."""
+    return state.step > state.first_steps
