@@ -70,7 +70,10 @@ class LiveFigures:
         if state.usage is not None:
             shown["usage"] = float(state.usage[0])
         short_names = {"images_per_s": "images/s", "device_memory_gib": "GiB"}
-        return shown | {short_names.get(name, name): value for name, value in self._last.items()}
+        shown |= {short_names.get(name, name): value for name, value in self._last.items()}
+        if state.finishing and not state.done:  # where the last phase begins: the codebooks train no more
+            shown.pop("codebook_loss", None)
+        return shown
 
     def row(self, state: TrainState) -> dict[str, float]:
         """Figures of the steps since the last row, up to the last log point."""

@@ -203,7 +203,7 @@ def train_rectifier(config: TrainRectifierConfig) -> Iterator[Event]:
     if reason:
         yield Note(text=reason, warning=True)
     step = yield from take_weights(state, out / "checkpoints", step, inputs.device)
-    if config.codebook_lr > 0:
+    if config.codebook_lr > 0 and state.first_steps > 0:
         yield from write_final_usage(inputs, state, out)
     tokenizer = build_tokenizer(config, inputs, state, fitted, step)
     if ranks.rank() == 0:

@@ -80,7 +80,7 @@ class TrainingLog:
 
 
 def write_metrics(history: list[dict[str, Any]], path: Path) -> None:
-    """One row for each evaluation; a figure that a row does not have is null."""
+    """Write these rows; a figure that one of them does not have is null there."""
     names = list(dict.fromkeys(name for row in history for name in row))
     table = pa.table({name: [row.get(name) for row in history] for name in names})
     with replacing(path) as temporary:

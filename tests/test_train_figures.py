@@ -48,6 +48,13 @@ def test_losses_are_means_of_the_last_steps_codebooks_and_rectifier_apart(
     assert [loss is None for loss in metrics["val_loss"]] == [False, False, True, False, False, True, False]
 
 
+def test_the_line_of_the_last_phase_shows_no_codebook_loss(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", steps=4, finish_steps=2, finish_batch_size=4)))
+    tasks = [event.task for event in events if isinstance(event, Begin)]
+    assert tasks == ["train", "train through the decoder", "count codes"]
+    assert ["codebook_loss" in shown_at(step, events) for step in (3, 4, 5, 6)] == [True, False, False, False]
+
+
 def test_rows_of_losses_are_about_two_hundred_in_a_long_run(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     state = prepared(small_store, small_codebooks, tmp_path).state
     for total, wanted in ((100, 4), (5000, 200), (100_000, 200), (500_400, 200)):
