@@ -131,8 +131,8 @@ def _verify_codebooks(path: Path) -> None:
     codebooks = load_codebooks(path)
     identity = codebooks.identity
     expected = (identity["tokens"], identity["codes"])
-    if tuple(codebooks.codebooks.shape[:2]) != expected or not bool(codebooks.codebooks.isfinite().all()):
-        raise CodebookError(f"{path} is damaged: its codebooks must be finite and of shape (T,K,D) with T,K = {expected}; fit them again")
+    if tuple(codebooks.codebooks.shape[:2]) != expected:
+        raise CodebookError(f"{path} is damaged: its codebooks must be of shape (T,K,D) with T,K = {expected}; fit them again")
 
 
 def _verify_tokenizer(path: Path) -> None:

@@ -102,11 +102,12 @@ class FitCodebooksConfig:
         if not 0 <= self.rectifier_share < 1:
             raise ConfigError(f"rectifier-share must be in [0,1), not {self.rectifier_share}")
 
-    def identity(self, store: LatentStore) -> dict[str, Any]:
-        """What shapes the codebooks: a folder with another identity is another run's."""
+    def identity(self, split: LatentSplit, backend: str) -> dict[str, Any]:
+        """What shapes the codebooks: a folder with another identity is another run's. `backend` is the one that fits, not "auto"."""
         names = ("split", "tokens", "codes", "transform", "iterations", "max_samples", "rectifier_share", "seed")
         calibration = {"calibration_samples": self.calibration_samples} if self.transform == "decoder" else {}
-        return {"store_fingerprint": store.fingerprint, **{name: getattr(self, name) for name in names}, **calibration}
+        data = {"store_fingerprint": split.encoding.fingerprint, "data_digest": split.data_digest}
+        return {**data, **{name: getattr(self, name) for name in names}, "backend": backend, **calibration}
 
 
 def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
@@ -125,7 +126,7 @@ def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
     _check_sizes(config, store, len(rows))
     vae = FrozenVAE.load_recorded(store.encoding.vae, spec=config.vae, device=device) if config.transform == "decoder" else None
     out = Path(config.out)
-    identity = config.identity(store)
+    identity = config.identity(split, backend)
     ranks.on_first(lambda: claim_output(out, kind=CODEBOOKS_KIND, identity=identity, overwrite=config.overwrite))
     if ranks.broadcast((out / CODEBOOKS_NAME).exists()):
         yield Note(text=f"{out} is complete already")
@@ -140,7 +141,7 @@ def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
     mse = None
     if ranks.rank() == 0:
         codebooks, counts, mse = _join_groups(config, latents, out / "partial")
-        check_finite(codebooks)
+        check_finite(codebooks, "the latents hold extreme values: check the store with revq info --verify")
         if sensitivity is not None:
             write_bytes(out / SENSITIVITY_NAME, sensitivity_table(sensitivity, transform).encode())
         save_codebooks(out, Codebooks(transform=transform, codebooks=codebooks, counts=counts, sensitivity=sensitivity, identity=identity))
