@@ -144,7 +144,7 @@ class LatentSplit:
 
     @property
     def data_digest(self) -> str:
-        """16 hexadecimal digits over the latents themselves and which rows are views of one image; the store's fingerprint is of the encoding alone."""
+        """16 hexadecimal digits over the latents and how many are views of one image; the store's fingerprint is of the encoding alone."""
         return sha256_json([self.views, self.attributes["shard_sha256"]])[:16]
 
     @property

@@ -85,7 +85,7 @@ def load_codebooks(folder: str | Path) -> Codebooks:
         raise CodebookError(f"{path} is damaged ({reason}); remove the folder and fit the codebooks again") from error
     if digest != expected:
         there = f"of the fit {digest[:8]}" if digest else "of an older revq, which did not write whose fit it is"
-        raise CodebookError(f"{path} is {there}, and the config.json beside it of the fit {expected[:8]}; remove the folder and fit the codebooks again")
+        raise CodebookError(f"{path} is {there}, the config.json beside it of the fit {expected[:8]}; remove the folder and fit the codebooks again")
     check_finite(loaded.codebooks, f"{path} is damaged: remove the folder and fit the codebooks again")
     return loaded
 

@@ -275,7 +275,7 @@ def _update(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, los
 @torch.no_grad()
 def _reset_unused(state: TrainState, seed: int) -> None:
     """The paper's non-activation reset, by the counts of all ranks."""
-    state.usage = float(usage(ranks.sum_tensors(state.counts)).mean())
+    state.usage = usage(ranks.sum_tensors(state.counts)).mean()
     reset_unused(state.quantizer.codebooks, state.counts, seed=seed * 1_000_003 + state.step)
     state.counts.zero_()
 

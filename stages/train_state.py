@@ -49,8 +49,8 @@ class TrainState:
     """() int64 on the device: the first step whose loss or gradient was not finite, -1 while there is none. From it on no weight changes."""
     best: dict[str, float] = field(default_factory=dict)
     """"step" and "score" of the best evaluation of the present phase; lower scores are better."""
-    usage: float | None = None
-    """Share of the codes used in the last whole epoch; None before the first one ends, and where the codebooks do not change."""
+    usage: Tensor | None = None
+    """() share of the codes used in the last whole epoch, on the device; None before the first one ends, and where the codebooks do not change."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Rows of metrics.parquet so far."""
 

@@ -66,7 +66,7 @@ def val_batch(inputs: Inputs, state: TrainState, table: FrozenTable | None, inde
 def codebook_usage(state: TrainState) -> float:
     """Share of the codes that the train latents of all ranks use: in the last whole epoch, or so far in the first."""
     if state.usage is not None:
-        return state.usage
+        return float(state.usage)
     return float(usage(ranks.sum_tensors(state.counts.clone())).mean())
 
 

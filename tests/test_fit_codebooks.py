@@ -218,7 +218,7 @@ def test_a_codebook_file_of_another_fit_beside_a_good_config_is_refused(small_st
     shutil.copytree(small_codebooks, tmp_path / "swapped")
     run_quietly(fit_codebooks(config(small_store, tmp_path / "other", seed=1)))
     shutil.copy(tmp_path / "other" / CODEBOOKS_NAME, tmp_path / "swapped" / CODEBOOKS_NAME)
-    with pytest.raises(CodebookError, match=r"codebooks\.safetensors is of the fit [0-9a-f]{8}, and the config\.json beside it of the fit"):
+    with pytest.raises(CodebookError, match=r"codebooks\.safetensors is of the fit [0-9a-f]{8}, the config\.json beside it of the fit"):
         load_codebooks(tmp_path / "swapped")
 
 
