@@ -22,12 +22,16 @@ class MultiGroupQuantizer(nn.Module):
         self._searched: tuple[int, torch.device] | None = None
 
     def encode(self, coordinates: Tensor) -> Tensor:
-        """coordinates (B,T,D) -> indices (B,T) int64 of the nearest codes; the search structure is kept, and follows the codes."""
+        """coordinates (B,T,D) -> indices (B,T) int64 of the nearest codes; the search structure is kept, and follows the codes.
+
+        Raises:
+            MismatchError: T or D is not that of the codebooks.
+        """
         codes = self.codebooks.data
         present = (self.codebooks._version, codes.device)
         if self._search is None or self._search.codebooks.device != codes.device:
             self._search = NearestCodes(codes)
-        elif present != self._searched:
+        elif self.training or present != self._searched:  # a fused optimizer moves codes without counting up their version
             self._search.move(codes)
         self._searched = present
         return self._search.query(coordinates.transpose(0, 1)).T
@@ -79,8 +83,10 @@ def reset_unused(codebooks: Tensor, counts: Tensor, *, seed: int, share: float =
     """
     tokens, codes, dims = codebooks.shape
     limit = int(share * codes)
-    shares = (counts / counts.sum(1, keepdim=True).clamp_min(1)).to(codebooks).unsqueeze(1)
-    spread = (shares @ (codebooks - shares @ codebooks).square()).mean(2, keepdim=True).sqrt()
+    # Sums, not products of matrices: those round by where their operands lie in memory, and a resumed run must go on to the bit.
+    shares = (counts / counts.sum(1, keepdim=True).clamp_min(1)).to(codebooks).unsqueeze(2)
+    mean = (shares * codebooks).sum(1, keepdim=True)
+    spread = (shares * (codebooks - mean).square()).sum(1, keepdim=True).mean(2, keepdim=True).sqrt()
     unused = (counts > 0).byte().argsort(dim=1, stable=True)[:, :limit]
     most_used = counts.argsort(dim=1, descending=True, stable=True)[:, :limit]
     moves = (counts.gather(1, unused) == 0) & (counts.gather(1, most_used) > 0)

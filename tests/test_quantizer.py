@@ -29,11 +29,12 @@ def test_counts_of_batches_add_up_to_those_of_the_whole_split() -> None:
     assert int(whole[2, 4]) == int((indices[:, 2] == 4).sum())
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("codes", [40, 600])
-def test_the_quantizer_searches_its_present_codebooks_after_an_optimizer_moved_them(codes: int) -> None:
+def test_the_quantizer_searches_its_present_codebooks_after_an_optimizer_moved_them(codes: int, fused: bool) -> None:
     quantizer = MultiGroupQuantizer(points(2, codes, 4))
     coordinates = points(2, 50, 4).transpose(0, 1)
-    optimizer = torch.optim.AdamW(quantizer.parameters(), lr=0.5)
+    optimizer = torch.optim.AdamW(quantizer.parameters(), lr=0.5, fused=fused)
     for _ in range(3):
         first, second = quantizer.encode(coordinates), quantizer.encode(coordinates)
         assert torch.equal(first, second)
