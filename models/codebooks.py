@@ -1,4 +1,4 @@
-"""The codebooks folder: transform, codebooks and their usage in one safetensors file, its settings in config.json.
+"""The codebooks folder: transform, codebooks and their counts in one safetensors file, its settings in config.json.
 
 Shapes: C,H,W latent channels, rows, columns, P = C*H*W, T tokens, K codes per codebook, D dims per token.
 """
@@ -72,7 +72,7 @@ def load_codebooks(folder: str | Path) -> Codebooks:
         parts = {name: tensors.pop(f"transform.{name}", None) for name in ("mean", "std", "scale", "axes", "inverse_axes")}
         if others := [name for name in tensors if name.startswith("transform.")]:
             raise CodebookError(f"it holds {', '.join(others)}, which another version of revq wrote")
-        transform = LatentTransform(**parts, tokens=len(tensors["codebooks"]))  # type: ignore[arg-type]
+        transform = LatentTransform(**parts, tokens=len(tensors["codebooks"]))
         loaded = Codebooks(
             transform=transform,
             codebooks=tensors["codebooks"],
