@@ -81,7 +81,7 @@ class FitCodebooksConfig:
     calibration_samples: int = 2048
     """Vector-Jacobian products through the frozen decoder, for the "decoder" transform."""
     backend: str = "auto"
-    """k-means by "faiss", "torch", or whichever suits the device ("auto")."""
+    """k-means by "faiss", "torch", or "auto": torch, but FAISS on a CPU without Numba."""
     seed: int = 0
     """Seed of every random choice."""
     device: str = "auto"

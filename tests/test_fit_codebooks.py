@@ -24,6 +24,7 @@ from revq.errors import CodebookError, ConfigError, MismatchError, OutputError, 
 from revq.models.codebooks import CODEBOOKS_NAME, Codebooks, load_codebooks
 from revq.models.quantizer import MultiGroupQuantizer, code_counts, dead_codes, perplexity, usage
 from revq.models.transform import LatentTransform
+from revq.pipeline.info import describe
 from revq.stages import ranks
 from revq.stages.code_usage import count_codes
 from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
@@ -362,6 +363,26 @@ def test_usage_is_told_for_each_codebook_over_the_whole_split(changes: dict[str,
     assert result["usage"]["min"] == pytest.approx(min(table["usage"]))
     assert result["dead_codes"] == sum(table["dead_codes"])
     assert int(fitted.counts.sum()) == 512 * result["latents"]
+
+
+def test_info_tells_the_usage_of_codebooks_and_which_tokens_use_theirs_least(small_codebooks: Path) -> None:
+    told, table = describe(small_codebooks), table_of(small_codebooks)
+    lowest = sorted(range(512), key=lambda token: table["perplexity"][token])[:3]
+    assert list(told["worst_tokens"]) == [str(token) for token in lowest]
+    assert told["worst_tokens"][str(lowest[0])] == {name: table[name][lowest[0]] for name in ("usage", "perplexity", "dead_codes", "mse")}
+    assert told["dead_codes"] == sum(table["dead_codes"])
+    assert told["perplexity"]["min"] == pytest.approx(min(table["perplexity"]))
+    assert told["usage"]["max"] == pytest.approx(max(table["usage"]))
+
+
+def test_a_damaged_table_of_usage_is_named_and_a_missing_one_is_no_fault(small_codebooks: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_codebooks, tmp_path / "torn")
+    path = tmp_path / "torn" / "usage.parquet"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CodebookError, match=r"usage\.parquet is damaged .* fit the codebooks again"):
+        describe(tmp_path / "torn")
+    path.unlink()
+    assert "usage" not in describe(tmp_path / "torn")
 
 
 def returned(events: Generator[Event, None, tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
