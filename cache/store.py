@@ -143,6 +143,11 @@ class LatentSplit:
         return self._read_small("variance")
 
     @property
+    def data_digest(self) -> str:
+        """16 hexadecimal digits over the latents and how many are views of one image; the store's fingerprint is of the encoding alone."""
+        return sha256_json([self.views, self.attributes["shard_sha256"]])[:16]
+
+    @property
     def image_of_row(self) -> NDArray[np.int64]:
         """(N,) position in the source of the image that each row shows."""
         return np.arange(len(self), dtype=np.int64) // self.views

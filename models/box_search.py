@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 _BOX_CODES = 64  # 32 to 128 are within a tenth of each other at 1024 and 16384 codes of 4 dims
 _SPREAD = 1.5  # boxes that grew by so much since they were cut are cut anew
 _TINY = np.float32(1e-37)  # covers what underflows
-# What the loops may assume to be vectorised: no NaN, sums in any order. No NaN gets here: latents are finite.
+# What the loops may assume to be vectorised: no NaN, sums in any order. Latents are finite; a NaN point finds some code, whichever it is.
 _FAST = {"nnan", "nsz", "contract", "reassoc"}
 
 

@@ -1,4 +1,4 @@
-"""The codebooks folder: transform, codebooks and their usage in one safetensors file, its settings in config.json.
+"""The codebooks folder: transform, codebooks and their counts in one safetensors file, its settings in config.json.
 
 Shapes: C,H,W latent channels, rows, columns, P = C*H*W, T tokens, K codes per codebook, D dims per token.
 """
@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import CodebookError
-from ..files import read_json, write_bytes
+from ..files import read_json, sha256_json, write_bytes
 from .transform import LatentTransform
 
 CODEBOOKS_KIND = "revq-codebooks"
 CODEBOOKS_NAME = "codebooks.safetensors"
+_DIGEST = "identity_sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class Codebooks:
 
 
 def save_codebooks(folder: Path, codebooks: Codebooks) -> None:
-    """Write `codebooks.safetensors`; its presence says that the fit is done."""
+    """Write `codebooks.safetensors`; its presence says that the fit is done, its metadata which fit it is of."""
     tensors = {
         "codebooks": codebooks.codebooks,
         "counts": codebooks.counts,
@@ -45,28 +47,33 @@ def save_codebooks(folder: Path, codebooks: Codebooks) -> None:
     }
     if codebooks.sensitivity is not None:
         tensors["sensitivity"] = codebooks.sensitivity
-    write_bytes(folder / CODEBOOKS_NAME, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    metadata = {_DIGEST: sha256_json(codebooks.identity)}
+    write_bytes(folder / CODEBOOKS_NAME, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def load_codebooks(folder: str | Path) -> Codebooks:
     """Read a codebooks folder.
 
     Raises:
-        CodebookError: there is none, its fit is not finished, or it is damaged.
+        CodebookError: there is none, its fit is not finished, it is damaged, holds codes that are not finite, or is not of the fit in config.json.
     """
     folder = Path(folder)
+    path = folder / CODEBOOKS_NAME
     config = read_json(folder / "config.json")
     if config is None or config.get("kind") != CODEBOOKS_KIND:
         raise CodebookError(f"{folder} holds no codebooks; fit-codebooks makes them")
-    if not (folder / CODEBOOKS_NAME).is_file():
+    if not path.is_file():
         raise CodebookError(f"the codebooks in {folder} are not finished; give the fit-codebooks command again")
     try:
-        tensors = load_file(folder / CODEBOOKS_NAME)
+        with safe_open(path, framework="pt") as file:
+            digest = (file.metadata() or {}).get(_DIGEST)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        expected = sha256_json(config["identity"])
         parts = {name: tensors.pop(f"transform.{name}", None) for name in ("mean", "std", "scale", "axes", "inverse_axes")}
         if others := [name for name in tensors if name.startswith("transform.")]:
             raise CodebookError(f"it holds {', '.join(others)}, which another version of revq wrote")
-        transform = LatentTransform(**parts, tokens=len(tensors["codebooks"]))  # type: ignore[arg-type]
-        return Codebooks(
+        transform = LatentTransform(**parts, tokens=len(tensors["codebooks"]))
+        loaded = Codebooks(
             transform=transform,
             codebooks=tensors["codebooks"],
             counts=tensors["counts"],
@@ -75,13 +82,16 @@ def load_codebooks(folder: str | Path) -> Codebooks:
         )
     except Exception as error:  # safetensors has its own errors for a damaged file
         reason = str(error).strip().splitlines()[0]
-        raise CodebookError(f"{folder / CODEBOOKS_NAME} is damaged ({reason}); remove the folder and fit the codebooks again") from error
+        raise CodebookError(f"{path} is damaged ({reason}); remove the folder and fit the codebooks again") from error
+    if digest != expected:
+        there = f"of the fit {digest[:8]}" if digest else "of an older revq, which did not write whose fit it is"
+        raise CodebookError(f"{path} is {there}, the config.json beside it of the fit {expected[:8]}; remove the folder and fit the codebooks again")
+    check_finite(loaded.codebooks, f"{path} is damaged: remove the folder and fit the codebooks again")
+    return loaded
 
 
-def check_finite(codebooks: Tensor) -> None:
-    """Raise CodebookError where codes (T,K,D) are not finite."""
-    if not bool(torch.isfinite(codebooks).all()):
-        token = int((~torch.isfinite(codebooks)).flatten(1).any(1).nonzero()[0])
-        raise CodebookError(
-            f"codebook {token} has codes that are not finite; the latents hold extreme values: check the store with revq info --verify"
-        )
+def check_finite(codebooks: Tensor, why: str) -> None:
+    """Raise CodebookError, which ends in `why` and how to mend it, where codes (T,K,D) are not finite."""
+    finite = torch.isfinite(codebooks).flatten(1).all(1)
+    if not bool(finite.all()):
+        raise CodebookError(f"codebook {int((~finite).nonzero()[0])} has codes that are not finite; {why}")

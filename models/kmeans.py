@@ -8,6 +8,7 @@ Shapes: G groups (tokens), N points for each, D dims, K codes.
 
 from __future__ import annotations
 
+import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,18 +26,29 @@ _FIXED_POINT = 2.0**36
 
 
 def pick_backend(name: str, device: torch.device) -> str:
-    """ "faiss" or "torch" for what was asked: "auto" takes FAISS on the CPU where it is installed, torch on other devices.
+    """ "faiss" or "torch" for what was asked: "auto" takes FAISS on a CPU where it is installed and Numba is not, else torch.
+
+    With Numba torch is 5.7 times faster than FAISS at the same error (benchmarks/bench_codebooks.py, two cores).
 
     Raises:
         ConfigError: FAISS was asked for and is not installed.
     """
-    if name == "torch" or (name == "auto" and device.type != "cpu"):
+    if name == "torch" or (name == "auto" and (device.type != "cpu" or importlib.util.find_spec("numba"))):
         return "torch"
     try:
         import faiss  # noqa: F401
     except ImportError as error:
+        if name == "auto":
+            return "torch"
         raise ConfigError("FAISS is not installed; install revq[cpu] (faiss-cpu) or revq[gpu] (faiss-gpu), or pass --backend torch") from error
     return "faiss"
+
+
+def faiss_uses(device: torch.device) -> bool:
+    """Whether the installed FAISS computes on this device; faiss-cpu always computes on the CPU."""
+    import faiss
+
+    return device.type == "cpu" or (device.type == "cuda" and hasattr(faiss, "StandardGpuResources"))
 
 
 @torch.no_grad()
@@ -59,9 +71,7 @@ def kmeans(points: Tensor, codes: int, *, iterations: int, seeds: list[int], bac
         CodebookError: fewer points than codes, or points that are not finite.
     """
     if points.shape[1] < codes:
-        raise CodebookError(
-            f"{points.shape[1]} latents cannot fill {codes} codes; use --codes {points.shape[1]} or fewer, or encode more images or views"
-        )
+        raise CodebookError(f"{points.shape[1]} points cannot fill {codes} codes; ask for {points.shape[1]} codes or fewer, or give more points")
     scaled, centre, scale = _normalised(points)
     fitted = (_faiss_kmeans if backend == "faiss" else _torch_kmeans)(scaled, codes, iterations, seeds)
     fitted, _ = _updated(scaled, fitted, nearest_codes(scaled, fitted))
@@ -89,14 +99,18 @@ def _faiss_kmeans(points: Tensor, codes: int, iterations: int, seeds: list[int])
     count, dims = points.shape[1:]
     # FAISS would otherwise take a sample of the points, and print a warning of its own where they are few.
     options: dict[str, Any] = {"niter": iterations, "min_points_per_centroid": 1, "max_points_per_centroid": count}
+    # FAISS got it in 2026 (its pull request 4894, after 1.14.1); an older one goes through all rounds, and finds the same or a little better.
     if hasattr(faiss.ClusteringParameters(), "early_stop_threshold"):
         options["early_stop_threshold"] = _SETTLED_ERROR
-    on_gpu = points.device.type == "cuda" and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() == 1
+    on_gpu = points.device.type != "cpu" and faiss_uses(points.device)
+    resources = faiss.StandardGpuResources() if on_gpu else None
 
     def fit(group: np.ndarray, seed: int) -> Tensor:
         if not on_gpu:
             faiss.omp_set_num_threads(1)
-        clustering = faiss.Kmeans(dims, codes, seed=seed, gpu=on_gpu, **options)
+        clustering = faiss.Kmeans(dims, codes, seed=seed, **options)
+        if resources is not None:  # not `gpu=1`, which is the first GPU, whichever the points are on
+            clustering.index = faiss.index_cpu_to_gpu(resources, points.device.index, clustering.index)
         clustering.train(np.ascontiguousarray(group))
         assert clustering.centroids is not None
         return torch.from_numpy(clustering.centroids.reshape(codes, dims).copy())

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import CodebookError, ConfigError, MismatchError
 
 if TYPE_CHECKING:
     from .box_search import BoxSearch
@@ -34,7 +34,11 @@ def nearest_codes(coordinates: Tensor, codebooks: Tensor) -> Tensor:
         codebooks: (T,K,D) float32 on the same device.
 
     Returns:
-        (T,N) int64.
+        (T,N) int64, in [0,K) even for a point that is not finite, whose index says nothing.
+
+    Raises:
+        CodebookError: the codebooks are not (T,K,D), or hold no code.
+        MismatchError: the coordinates are not (T,N,D) of the same T and D.
     """
     return NearestCodes(codebooks).query(coordinates)
 
@@ -57,7 +61,10 @@ class NearestCodes:
 
         Raises:
             ConfigError: the backend asked for needs a package that is not installed.
+            CodebookError: the codebooks are not (T,K,D), or hold no code.
         """
+        if codebooks.ndim != 3 or 0 in codebooks.shape:
+            raise CodebookError(f"codebooks must be of shape (T,K,D) with at least one code each, not {tuple(codebooks.shape)}")
         self.codebooks = codebooks.detach()
         self.backend = _pick_backend(codebooks.device, codebooks.shape[2]) if backend == "auto" else backend
         if self.backend == "fused" and not _has("triton"):
@@ -71,14 +78,27 @@ class NearestCodes:
             self._boxes = BoxSearch(_array(self.codebooks), partial(_in_threads, tokens=len(codebooks)))
 
     def move(self, codebooks: Tensor) -> None:
-        """Search these codebooks (T,K,D) from now on, of the same shape as before: cheaper than a new object where codes moved a little."""
+        """Search these codebooks (T,K,D) from now on, of the same shape as before: cheaper than a new object where codes moved a little.
+
+        Raises:
+            MismatchError: they are of another shape.
+        """
+        if codebooks.shape != self.codebooks.shape:
+            raise MismatchError(f"moved codebooks must keep their shape {tuple(self.codebooks.shape)}, not be {tuple(codebooks.shape)}; search anew")
         self.codebooks = codebooks.detach()
         if self._boxes is not None:
             self._boxes.move(_array(self.codebooks))
 
     @torch.no_grad()
     def query(self, coordinates: Tensor) -> Tensor:
-        """coordinates (T,N,D) -> indices (T,N) int64, on the coordinates' device."""
+        """coordinates (T,N,D) -> indices (T,N) int64 in [0,K), on the coordinates' device; that of a point that is not finite says nothing.
+
+        Raises:
+            MismatchError: T or D is not that of the codebooks.
+        """
+        tokens, _, dims = self.codebooks.shape
+        if coordinates.ndim != 3 or (coordinates.shape[0], coordinates.shape[2]) != (tokens, dims):
+            raise MismatchError(f"codebooks {tuple(self.codebooks.shape)} need coordinates ({tokens},N,{dims}), not {tuple(coordinates.shape)}")
         if coordinates.shape[1] == 0:
             return torch.empty(coordinates.shape[:2], dtype=torch.int64, device=coordinates.device)
         if self._boxes is not None:

@@ -22,12 +22,16 @@ class MultiGroupQuantizer(nn.Module):
         self._searched: tuple[int, torch.device] | None = None
 
     def encode(self, coordinates: Tensor) -> Tensor:
-        """coordinates (B,T,D) -> indices (B,T) int64 of the nearest codes; the search structure is kept, and follows the codes."""
+        """coordinates (B,T,D) -> indices (B,T) int64 of the nearest codes; the search structure is kept, and follows the codes.
+
+        Raises:
+            MismatchError: T or D is not that of the codebooks.
+        """
         codes = self.codebooks.data
         present = (self.codebooks._version, codes.device)
         if self._search is None or self._search.codebooks.device != codes.device:
             self._search = NearestCodes(codes)
-        elif present != self._searched:
+        elif self.training or present != self._searched:  # a fused optimizer moves codes without counting up their version
             self._search.move(codes)
         self._searched = present
         return self._search.query(coordinates.transpose(0, 1)).T
@@ -61,27 +65,35 @@ def dead_codes(counts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reset_unused(codebooks: Tensor, counts: Tensor, *, seed: int, share: float = 0.2, noise: float = 0.1) -> int:
-    """The paper's non-activation reset, in place: unused codes move beside the most used codes of their codebook.
+def reset_unused(codebooks: Tensor, counts: Tensor, *, seed: int, share: float = 0.2, noise: float = 0.1) -> Tensor:
+    """The paper's non-activation reset, in place: unused codes move beside the most used codes of their codebook. Never waits for the device.
+
+    The paper's noise of 0.1 is for coordinates of deviation 1; those of other transforms differ by orders of magnitude from token to token, so here
+    it is a share of what the used codes of the codebook spread. (Where a single code is used, the moved ones coincide with it.)
 
     Args:
         codebooks: (T,K,D), changed in place.
         counts: (T,K) uses of each code since the last reset, over a whole epoch say; not changed.
-        seed: of the noise.
+        seed: of the noise, which is the same whatever the device.
         share: at most this share of K codes moves in each codebook.
-        noise: deviation of the distance to the used code, in coordinates.
+        noise: deviation of the distance to the used code, relative to the root mean square deviation of the codes from their mean, by their counts.
 
     Returns:
-        How many codes moved.
+        () int64 on the codebooks' device: how many codes moved.
     """
-    generator = torch.Generator().manual_seed(seed)
-    limit, moved = int(share * codebooks.shape[1]), 0
-    for token in (counts == 0).any(1).nonzero().flatten().tolist():
-        unused = (counts[token] == 0).nonzero().flatten()[:limit]
-        most_used = counts[token].argsort(descending=True, stable=True)[: len(unused)]
-        most_used = most_used[counts[token, most_used] > 0]
-        unused = unused[: len(most_used)]
-        shift = noise * torch.randn(len(unused), codebooks.shape[2], generator=generator)
-        codebooks[token, unused] = codebooks[token, most_used] + shift.to(codebooks)
-        moved += len(unused)
-    return moved
+    tokens, codes, dims = codebooks.shape
+    limit = int(share * codes)
+    # Sums, not products of matrices: those round by where their operands lie in memory, and a resumed run must go on to the bit.
+    shares = (counts / counts.sum(1, keepdim=True).clamp_min(1)).to(codebooks).unsqueeze(2)
+    mean = (shares * codebooks).sum(1, keepdim=True)
+    spread = (shares * (codebooks - mean).square()).sum(1, keepdim=True).mean(2, keepdim=True).sqrt()
+    unused = (counts > 0).byte().argsort(dim=1, stable=True)[:, :limit]
+    most_used = counts.argsort(dim=1, descending=True, stable=True)[:, :limit]
+    moves = (counts.gather(1, unused) == 0) & (counts.gather(1, most_used) > 0)
+    # From pinned memory, since a copy from any other makes the host wait.
+    drawn = torch.randn(tokens, limit, dims, generator=torch.Generator().manual_seed(seed), pin_memory=codebooks.is_cuda)
+    shift = noise * spread * drawn.to(codebooks.device, non_blocking=True)
+    place, source = (index.unsqueeze(2).expand(-1, -1, dims) for index in (unused, most_used))
+    moved = torch.where(moves.unsqueeze(2), codebooks.gather(1, source) + shift, codebooks.gather(1, place))
+    codebooks.scatter_(1, place, moved)
+    return moves.sum()

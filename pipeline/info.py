@@ -11,6 +11,7 @@ from ..cache.store import is_store
 from ..cache.store_folder import local_root, open_folder
 from ..errors import CodebookError, RevqError, TokenizerError
 from ..files import output_kind, read_json
+from ..stages.code_usage import summarize_usage
 from ..stages.events import Event, Result
 from .store_info import describe_store, verify_store
 
@@ -58,7 +59,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 def _describe_codebooks(path: Path) -> dict[str, Any]:
     config = read_json(path / "config.json") or {}
     file = path / "codebooks.safetensors"
-    return {**config.get("identity", {}), "complete": file.is_file(), "bytes": _bytes_under(path)}
+    return {**config.get("identity", {}), "complete": file.is_file(), "bytes": _bytes_under(path), **summarize_usage(path)}
 
 
 def _describe_tokenizer(path: Path) -> dict[str, Any]:
@@ -131,8 +132,8 @@ def _verify_codebooks(path: Path) -> None:
     codebooks = load_codebooks(path)
     identity = codebooks.identity
     expected = (identity["tokens"], identity["codes"])
-    if tuple(codebooks.codebooks.shape[:2]) != expected or not bool(codebooks.codebooks.isfinite().all()):
-        raise CodebookError(f"{path} is damaged: its codebooks must be finite and of shape (T,K,D) with T,K = {expected}; fit them again")
+    if tuple(codebooks.codebooks.shape[:2]) != expected:
+        raise CodebookError(f"{path} is damaged: its codebooks must be of shape (T,K,D) with T,K = {expected}; fit them again")
 
 
 def _verify_tokenizer(path: Path) -> None:

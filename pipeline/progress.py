@@ -353,7 +353,7 @@ def _description(value: Mapping[str, Any]) -> list[str]:
         elif name == "splits":
             lines += ["", *_splits(part)]
         elif isinstance(part, Mapping):
-            lines += ["", f"{name}:", *_made(part)]
+            lines += ["", f"{_words(name)}:", *_made(part)]
     return lines
 
 

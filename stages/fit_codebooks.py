@@ -2,7 +2,8 @@
 
     revq fit-codebooks STORE OUT --tokens 512 --codes 16384
 
-In: a latent store. Out: a folder with `codebooks.safetensors` (transform, codebooks, usage) and `config.json`.
+In: a latent store. Out: a folder with `codebooks.safetensors` (transform, codebooks, counts over the fitted rows), `config.json`, and
+`usage.parquet` (how much of each codebook the whole split uses).
 Only the `decoder` transform needs the VAE, for its calibration: how much each latent position moves the picture.
 
 Shapes: N latents, B batch, C,H,W latent channels, rows, columns, P = C*H*W, T tokens per image, D = P/T dims, K codes per codebook.
@@ -15,6 +16,7 @@ import shutil
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,9 @@ from ..errors import CodebookError, ConfigError
 from ..files import claim_output, write_bytes
 from ..models.codebooks import CODEBOOKS_KIND, CODEBOOKS_NAME, Codebooks, check_finite, load_codebooks, save_codebooks
 from ..models.device import pick_device
-from ..models.kmeans import BACKENDS, kmeans, pick_backend
+from ..models.kmeans import BACKENDS, faiss_uses, kmeans, pick_backend
 from ..models.nearest import nearest_codes, search_note
-from ..models.quantizer import code_counts, dead_codes, perplexity, usage
+from ..models.quantizer import code_counts, dead_codes
 from ..models.transform import (
     KINDS,
     Covariance,
@@ -43,6 +45,7 @@ from ..models.transform import (
 )
 from ..models.vae import FrozenVAE
 from . import ranks
+from .code_usage import count_codes, summarize_usage, write_usage
 from .events import Advance, Begin, Event, Note, Result
 
 _BLOCK_BYTES = 256 << 20
@@ -79,7 +82,7 @@ class FitCodebooksConfig:
     calibration_samples: int = 2048
     """Vector-Jacobian products through the frozen decoder, for the "decoder" transform."""
     backend: str = "auto"
-    """k-means by "faiss", "torch", or whichever suits the device ("auto")."""
+    """k-means by "faiss", "torch", or "auto": torch, but FAISS on a CPU without Numba."""
     seed: int = 0
     """Seed of every random choice."""
     device: str = "auto"
@@ -103,11 +106,12 @@ class FitCodebooksConfig:
         if not 0 <= self.rectifier_share < 1:
             raise ConfigError(f"rectifier-share must be in [0,1), not {self.rectifier_share}")
 
-    def identity(self, store: LatentStore) -> dict[str, Any]:
-        """What shapes the codebooks: a folder with another identity is another run's."""
+    def identity(self, split: LatentSplit, backend: str) -> dict[str, Any]:
+        """What shapes the codebooks: a folder with another identity is another run's. `backend` is the one that fits, not "auto"."""
         names = ("split", "tokens", "codes", "transform", "iterations", "max_samples", "rectifier_share", "seed")
         calibration = {"calibration_samples": self.calibration_samples} if self.transform == "decoder" else {}
-        return {"store_fingerprint": store.fingerprint, **{name: getattr(self, name) for name in names}, **calibration}
+        data = {"store_fingerprint": split.encoding.fingerprint, "data_digest": split.data_digest}
+        return {**data, **{name: getattr(self, name) for name in names}, "backend": backend, **calibration}
 
 
 def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
@@ -126,7 +130,7 @@ def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
     _check_sizes(config, store, len(rows))
     vae = FrozenVAE.load_recorded(store.encoding.vae, spec=config.vae, device=device) if config.transform == "decoder" else None
     out = Path(config.out)
-    identity = config.identity(store)
+    identity = config.identity(split, backend)
     ranks.on_first(lambda: claim_output(out, kind=CODEBOOKS_KIND, identity=identity, overwrite=config.overwrite))
     if ranks.broadcast((out / CODEBOOKS_NAME).exists()):
         yield Note(text=f"{out} is complete already")
@@ -135,21 +139,30 @@ def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
     yield from _notes_on_data(config, split, len(rows))
     if note := search_note(device, math.prod(store.encoding.latent_shape) // config.tokens):
         yield Note(text=note)
+    if backend == "faiss" and not faiss_uses(device):
+        yield Note(text=f"this FAISS fits on the CPU, not on {device}: install revq[gpu] (faiss-gpu), or pass --backend torch", warning=True)
     latents = ResidentLatents(split, rows, device=device)
     yield from _make_transform(config, split, latents, vae, out / "partial")
     transform, sensitivity = _load_transform(config, out / "partial")
     yield from _fit_groups(config, latents, transform.to(device), backend, out / "partial")
     ranks.barrier()
-    mse = None
+    codebooks, fitted_counts, fitted_errors = _join_groups(config, latents, out / "partial")
+    check_finite(codebooks, "the latents hold extreme values: check the store with revq info --verify")
+    del latents
+    counts, errors = fitted_counts, fitted_errors
+    if len(rows) < int(split.ok.sum()):
+        counts, errors = yield from count_codes(split, transform, codebooks)
+    ranks.barrier()  # rank 0 removes the blocks that all have read now
     if ranks.rank() == 0:
-        codebooks, counts, mse = _join_groups(config, latents, out / "partial")
-        check_finite(codebooks)
         if sensitivity is not None:
             write_bytes(out / SENSITIVITY_NAME, sensitivity_table(sensitivity, transform).encode())
-        save_codebooks(out, Codebooks(transform=transform, codebooks=codebooks, counts=counts, sensitivity=sensitivity, identity=identity))
+        write_usage(out, counts, errors)
+        made = Codebooks(transform=transform, codebooks=codebooks, counts=fitted_counts, sensitivity=sensitivity, identity=identity)
+        save_codebooks(out, made)
         shutil.rmtree(out / "partial", ignore_errors=True)
         yield from _note_on_dead_codes(counts)
     ranks.barrier()
+    mse = float(fitted_errors.mean())
     yield Result(value=_result(config, load_codebooks(out), mse=mse, latents=len(rows), seconds=time.perf_counter() - started))
 
 
@@ -157,11 +170,18 @@ def _notes_on_data(config: FitCodebooksConfig, split: LatentSplit, latents: int)
     if latents < POINTS_PER_CODE * config.codes:
         enough = 2 ** int(math.log2(max(2, latents / POINTS_PER_CODE)))
         few = f"{latents} latents for {config.codes} codes are {latents / config.codes:.1f} per code, FAISS advises {POINTS_PER_CODE}"
-        mend = f"codes will suit unseen images less well: encode more images or --views, or take --codes {enough} or fewer"
+        mend = f"codes will suit unseen images less well: {_more_latents(config, latents)}, or take --codes {enough} or fewer"
         yield Note(text=f"{few}; {mend}")
     constant = int((split.variance <= 0).sum())
     if constant:
         yield Note(text=f"{constant} of {split.variance.size} latent positions never vary; they cost no bits", warning=True)
+
+
+def _more_latents(config: FitCodebooksConfig, latents: int) -> str:
+    """How to fit on more latents: what leaves some out comes first."""
+    ways = ["raise --max-samples"] if config.max_samples == latents else []
+    ways += ["lower --rectifier-share"] if config.rectifier_share else []
+    return ", or ".join([*ways, "encode more images or --views"])
 
 
 def _note_on_dead_codes(counts: Tensor) -> Iterator[Event]:
@@ -184,7 +204,8 @@ def _fit_rows(config: FitCodebooksConfig, split: LatentSplit) -> Any:
 def _check_sizes(config: FitCodebooksConfig, store: LatentStore, latents: int) -> None:
     shape = store.encoding.latent_shape
     if latents < config.codes:
-        raise CodebookError(f"{latents} latents cannot fill {config.codes} codes; use --codes {latents} or fewer, or encode more images or views")
+        mend = f"use --codes {latents} or fewer, or {_more_latents(config, latents)}"
+        raise CodebookError(f"{latents} latents cannot fill {config.codes} codes; {mend}")
     LatentTransform(mean=torch.zeros(shape), std=torch.ones(shape), tokens=config.tokens)
     if config.transform != "standardize":
         spatial_block(shape, config.tokens)
@@ -284,18 +305,19 @@ def sensitivity_table(sensitivity: Tensor, transform: LatentTransform) -> str:
 
 
 def _spans(config: FitCodebooksConfig, latents: ResidentLatents, partial: Path) -> dict[tuple[int, int], Path]:
-    """Blocks of tokens that are fitted at once, and the file of each; the same whatever the number of ranks."""
+    """Blocks of tokens that are fitted at once, and the file of each; as many as there are ranks, where there are tokens enough, or more."""
     dims = latents.latents[0].numel() // config.tokens
-    width = max(1, min(config.tokens, 32, _BLOCK_BYTES // (len(latents) * dims * 4)))
-    spans = [(first, min(first + width, config.tokens)) for first in range(0, config.tokens, width)]
-    return {span: partial / f"tokens-{span[0]:05d}-{span[1]:05d}.safetensors" for span in spans}
+    widest = max(1, min(32, _BLOCK_BYTES // (len(latents) * dims * 4)))
+    count = min(config.tokens, max(math.ceil(config.tokens / widest), ranks.world_size()))
+    cuts = [config.tokens * block // count for block in range(count + 1)]
+    return {(first, last): partial / f"tokens-{first:05d}-{last:05d}.safetensors" for first, last in pairwise(cuts)}
 
 
 def _fit_groups(config: FitCodebooksConfig, latents: ResidentLatents, transform: LatentTransform, backend: str, partial: Path) -> Iterator[Event]:
     """k-means for this rank's share of the blocks of tokens; each finished one is kept in `partial`, so that a rerun goes on there."""
     mine = dict(list(_spans(config, latents, partial).items())[ranks.rank() :: ranks.world_size()])
     done = sum(last - first for (first, last), path in mine.items() if path.exists())
-    shared = f", rank 1 of {ranks.world_size()}" if ranks.world_size() > 1 else ""
+    shared = f", rank {ranks.rank()} of {ranks.world_size()}" if ranks.world_size() > 1 else ""
     yield Begin(task=f"k-means ({backend}{shared})", total=sum(last - first for first, last in mine), unit="codebooks", done=done)
     errors = []
     for (first, last), path in mine.items():
@@ -310,10 +332,11 @@ def _fit_groups(config: FitCodebooksConfig, latents: ResidentLatents, transform:
         yield Advance(done=done, values={"mse": sum(errors) / len(errors)})
 
 
-def _join_groups(config: FitCodebooksConfig, latents: ResidentLatents, partial: Path) -> tuple[Tensor, Tensor, float]:
+def _join_groups(config: FitCodebooksConfig, latents: ResidentLatents, partial: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Codebooks (T,K,D), and over the fitted rows the counts (T,K) of their codes and the mean squared errors (T,)."""
     blocks = [load_file(path) for path in _spans(config, latents, partial).values()]
     joined = {name: torch.cat([block[name] for block in blocks]) for name in ("codebooks", "counts", "errors")}
-    return joined["codebooks"], joined["counts"], float(joined["errors"].mean())
+    return joined["codebooks"], joined["counts"], joined["errors"]
 
 
 def _coordinates(latents: ResidentLatents, transform: LatentTransform, first: int, last: int) -> Tensor:
@@ -345,16 +368,9 @@ def _result(config: FitCodebooksConfig, made: Codebooks, *, mse: float | None, l
         "bits_per_image": tokens * math.log2(codes),
         "latents": latents,
         "coordinate_mse": mse,
-        "usage": spread(usage(made.counts)),
-        "perplexity": spread(perplexity(made.counts)),
-        "dead_codes": int(dead_codes(made.counts).sum()),
+        **{name: value for name, value in summarize_usage(Path(config.out)).items() if name != "worst_tokens"},
         "seconds": round(seconds, 3),
     }
     if made.sensitivity is not None:
         result["sensitivity_per_channel"] = [float(f"{value:.4g}") for value in made.sensitivity.mean((1, 2))]
     return result
-
-
-def spread(values: Tensor) -> dict[str, float]:
-    """Smallest, median and largest of (T,) values."""
-    return {"min": float(values.min()), "median": float(values.median()), "max": float(values.max())}

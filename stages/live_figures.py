@@ -7,13 +7,16 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from . import ranks
 from .train_state import TrainState, refuse_bad_steps
 from .training_data import Inputs
 
 if TYPE_CHECKING:
     from .train_rectifier import TrainRectifierConfig
 
+_CODEBOOKS_AT_ONCE = 16
 LOG_EVERY = 25
 """Steps between log points."""
 _ROWS = 200
@@ -99,3 +102,29 @@ class LiveFigures:
 def _in_last_phase(state: TrainState) -> bool:
     """Of the step just taken: a phase's end is an evaluation, so no window reaches over it."""
     return state.step > state.first_steps
+
+
+def mean_usage(counts: Tensor) -> Tensor:
+    """(T,K) counts -> (3,) float32: mean share of the codes used, mean perplexity, and how many codes of all codebooks were never used.
+
+    It stays on the device, and so is float32, which MPS has too; a few codebooks at a time, since counts may fill half a gigabyte.
+    """
+    parts = []
+    for some in counts.split(_CODEBOOKS_AT_ONCE):
+        frequency = some.float() / some.sum(1, keepdim=True).clamp_min(1)
+        used = (some > 0).sum(1)
+        parts.append(torch.stack([used / some.shape[1], torch.special.entr(frequency).sum(1).exp(), some.shape[1] - used]))
+    share, spread, dead = torch.cat(parts, 1)
+    return torch.stack([share.mean(), spread.mean(), dead.sum()])
+
+
+def codebook_figures(state: TrainState) -> dict[str, float]:
+    """Of the train latents of all ranks: in the last whole epoch, or so far in the first; none before the first step. Waits for the device."""
+    if state.usage is None:
+        counts = ranks.sum_tensors(state.counts.clone())
+        if not bool(counts.any()):
+            return {}
+        figures = mean_usage(counts)
+    else:
+        figures = state.usage
+    return dict(zip(("codebook_usage", "codebook_perplexity", "codebook_dead"), figures.tolist(), strict=True))

@@ -41,10 +41,10 @@ from ..models.rectifier import BLOCKS, update_average
 from ..models.tokenizer import ReVQTokenizer
 from . import ranks
 from .checkpoints import began_with, resume, save_checkpoint, take_weights
-from .codebook_usage import codebook_figures, mean_usage, write_final_usage
+from .code_usage import count_codes, write_usage
 from .events import Advance, Begin, Event, Note, Result
 from .frozen_table import FrozenTable, quantize_once
-from .live_figures import LOG_EVERY, LiveFigures, row_is_due
+from .live_figures import LOG_EVERY, LiveFigures, codebook_figures, mean_usage, row_is_due
 from .micro_batches import backward_in_parts, memory_advice, try_last_phase
 from .network import COMPILE, RectifierNetwork, open_network
 from .objectives import PictureLoss, latent_loss
@@ -204,7 +204,9 @@ def train_rectifier(config: TrainRectifierConfig) -> Iterator[Event]:
         yield Note(text=reason, warning=True)
     step = yield from take_weights(state, out / "checkpoints", step, inputs.device)
     if config.codebook_lr > 0 and state.first_steps > 0:
-        yield from write_final_usage(inputs, state, out)
+        counts, errors = yield from count_codes(inputs.store[config.split], inputs.transform, state.quantizer.codebooks.detach())
+        if ranks.rank() == 0:
+            write_usage(out, counts, errors)
     tokenizer = build_tokenizer(config, inputs, state, fitted, step)
     if ranks.rank() == 0:
         save_tokenizer(tokenizer, out / "tokenizer")
@@ -293,9 +295,6 @@ def _update(config: TrainRectifierConfig, inputs: Inputs, state: TrainState, los
     shared = ranks.sum_tensors(losses.detach().clone()).div_(ranks.world_size())
     watch_for_bad_steps(state, shared, norm.to(shared.device))
     state.optimizer.step()
-    if codebooks.grad is not None:
-        # The quantizer's search follows the codes by their version, and the fused optimizer does not count its changes.
-        torch.autograd.graph.increment_version(codebooks)
     state.step += 1
     update_average(state.average, state.rectifier, config.ema, state.step)
     if not frozen and state.step % inputs.steps_per_epoch(config.batch_size) == 0:

@@ -105,7 +105,7 @@ def new_state(config: TrainRectifierConfig, inputs: Inputs, codebooks: Tensor) -
         rectifier = Rectifier(channels=channels, width=max(config.width, 32), depth=config.depth, block=config.block).to(device)
     if device.type != "mps":
         rectifier.to(memory_format=torch.channels_last)  # faster in bf16 on CPU and CUDA
-    quantizer = MultiGroupQuantizer(codebooks).to(device)
+    quantizer = MultiGroupQuantizer(codebooks).to(device).train(config.codebook_lr > 0)
     groups: list[dict[str, Any]] = [
         {"params": list(rectifier.parameters()), "weight_decay": config.weight_decay},
         {"params": list(quantizer.parameters()), "weight_decay": 0.0},

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
+import torch  # before FAISS
 from torch import Tensor
 
+from revq import LatentStore
+from revq.cache.batches import ResidentLatents
 from revq.errors import CodebookError
-from revq.models.kmeans import kmeans
+from revq.models.kmeans import _faiss_kmeans, faiss_uses, kmeans
 from revq.models.nearest import nearest_codes
 from revq.models.quantizer import code_counts, usage
+
+faiss = pytest.importorskip("faiss")
 
 
 def points(groups: int = 3, count: int = 2000, dims: int = 4) -> Tensor:
@@ -37,10 +44,38 @@ def test_a_group_is_fitted_the_same_alone_or_among_others(backend: str) -> None:
     assert torch.equal(together[1:2], alone)
 
 
-def test_both_backends_reach_the_same_error_within_one_percent() -> None:
-    data = points(groups=8, count=4000)
-    errors = [mean_error(data, kmeans(data, 64, iterations=20, seeds=list(range(8)), backend=backend)) for backend in ("faiss", "torch")]
+def clusters(groups: int, count: int, dims: int) -> Tensor:
+    """Points about eight centres. Much further apart, or with about as many codes as centres, the error is the luck of the start."""
+    generator = torch.Generator().manual_seed(6)
+    centres = 2 * torch.randn(groups, 8, dims, generator=generator)
+    owner = torch.randint(8, (groups, count), generator=generator)
+    return centres.gather(1, owner.unsqueeze(2).expand(-1, -1, dims)) + 0.5 * torch.randn(groups, count, dims, generator=generator)
+
+
+def latents(store: Path, dims: int) -> Tensor:
+    """(7,N,D) standardised real latents: the points of a group are D channels of the 120 latents at each of their 64 places."""
+    read = ResidentLatents(LatentStore.open(store)["train"])
+    channels = read.batch(torch.arange(len(read))).flatten(2).permute(1, 0, 2).flatten(1)  # (C,N*H*W)
+    channels = (channels - channels.mean(1, keepdim=True)) / channels.std(1, keepdim=True)
+    return torch.stack([channels[4 * group : 4 * group + dims].T for group in range(7)])
+
+
+def assert_the_backends_agree(data: Tensor, codes: int) -> None:
+    seeds = list(range(len(data)))
+    errors = [mean_error(data, kmeans(data, codes, iterations=20, seeds=seeds, backend=backend)) for backend in ("faiss", "torch")]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
+
+
+@pytest.mark.parametrize("dims", [4, 8])
+@pytest.mark.parametrize(("codes", "groups"), [(64, 16), (512, 2)])
+@pytest.mark.parametrize("kind", [points, clusters])
+def test_both_backends_reach_the_same_error_within_one_percent(kind: Callable[..., Tensor], codes: int, groups: int, dims: int) -> None:
+    assert_the_backends_agree(kind(groups, 4000 if codes == 64 else 8000, dims), codes)
+
+
+@pytest.mark.parametrize("dims", [4, 8])
+def test_both_backends_reach_the_same_error_on_real_latents(small_store: Path, dims: int) -> None:
+    assert_the_backends_agree(latents(small_store, dims), 64)
 
 
 @pytest.mark.parametrize("backend", ["faiss", "torch"])
@@ -55,14 +90,15 @@ def test_as_many_codes_as_points_leaves_no_error(backend: str) -> None:
     assert mean_error(data, kmeans(data, 40, iterations=3, seeds=[0, 1, 2], backend=backend)) < 1e-8
 
 
-def test_empty_clusters_are_repaired() -> None:
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+def test_empty_clusters_are_repaired(backend: str) -> None:
     data = torch.cat([torch.zeros(1, 500, 2), points(1, 500, 2)], dim=1)
-    codes = kmeans(data, 64, iterations=15, seeds=[0], backend="torch")
+    codes = kmeans(data, 64, iterations=15, seeds=[0], backend=backend)
     assert float(usage(code_counts(nearest_codes(data, codes).T, 64)).min()) > 0.95
 
 
 def test_fewer_points_than_codes_is_an_error_that_names_the_largest_number() -> None:
-    with pytest.raises(CodebookError, match=r"2000 latents cannot fill 2001 codes; use --codes 2000"):
+    with pytest.raises(CodebookError, match=r"2000 points cannot fill 2001 codes; ask for 2000 codes or fewer"):
         kmeans(points(), 2001, iterations=1, seeds=[0, 1, 2], backend="faiss")
 
 
@@ -93,6 +129,46 @@ def test_a_group_that_has_converged_stops_early(monkeypatch: pytest.MonkeyPatch)
     assert rounds[0] == 2
     assert 1 in rounds[:-1]
     assert len(rounds) < 40
+
+
+def test_faiss_stops_early_too_where_it_has_converged(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = []
+    train = faiss.Kmeans.train
+
+    def counted(self: faiss.Kmeans, data: np.ndarray) -> float:
+        error = train(self, data)
+        rounds.append(len(self.obj))
+        return error
+
+    monkeypatch.setattr("faiss.Kmeans.train", counted)
+    kmeans(points(), 32, iterations=200, seeds=[0, 1, 2], backend="faiss")
+    monkeypatch.setattr("revq.models.kmeans._SETTLED_ERROR", 0.0)  # only once nothing improves at all
+    kmeans(points(), 32, iterations=200, seeds=[0, 1, 2], backend="faiss")
+    assert max(rounds) < 100
+    assert sum(rounds[:3]) < sum(rounds[3:])
+
+
+def test_on_a_gpu_faiss_takes_that_of_the_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = []
+
+    class OnSecondGPU:
+        """All that is asked of the points but their values."""
+
+        shape, device = (2, 40, 4), torch.device("cuda:1")
+
+        def cpu(self) -> Tensor:
+            return points(groups=2, count=40)
+
+    monkeypatch.setattr("faiss.StandardGpuResources", object, raising=False)
+    monkeypatch.setattr("faiss.index_cpu_to_gpu", lambda resources, device, index: placed.append(device) or index, raising=False)
+    monkeypatch.setattr("torch.Tensor.to", lambda self, device: self)
+    _faiss_kmeans(OnSecondGPU(), 8, 5, [0, 1])  # type: ignore[arg-type]
+    assert placed == [1, 1]
+
+
+def test_faiss_for_the_cpu_alone_does_not_use_a_gpu() -> None:
+    assert faiss_uses(torch.device("cpu"))
+    assert faiss_uses(torch.device("cuda:1")) == hasattr(faiss, "StandardGpuResources")
 
 
 @pytest.mark.parametrize("backend", ["faiss", "torch"])
@@ -136,14 +212,26 @@ def test_the_torch_backend_never_holds_all_distances(monkeypatch: pytest.MonkeyP
     assert max(sizes) <= 1000
 
 
-def test_a_missing_faiss_is_an_error_that_names_both_extras_and_the_way_without() -> None:
-    code = (
-        "import sys, torch; sys.modules['faiss'] = None\n"  # what an import finds where it is not installed
-        "from revq.models.kmeans import pick_backend\n"
-        "print(pick_backend('torch', torch.device('cpu')))\n"
-        "pick_backend('auto', torch.device('cpu'))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "torch\n"
-    message = "FAISS is not installed; install revq[cpu] (faiss-cpu) or revq[gpu] (faiss-gpu), or pass --backend torch"
-    assert done.stderr.splitlines()[-1].endswith(f"ConfigError: {message}")
+PICKED = """
+import sys, torch
+for missing in sys.argv[1:]:
+    sys.modules[missing] = None  # what an import finds where it is not installed
+from revq.models.kmeans import pick_backend
+print(pick_backend("auto", torch.device("cpu")), pick_backend("auto", torch.device("cuda")), pick_backend("torch", torch.device("cpu")))
+pick_backend("faiss", torch.device("cpu"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "picked"),
+    [((), "torch"), (("numba",), "faiss"), (("faiss",), "torch"), (("numba", "faiss"), "torch")],
+    ids=["both installed", "no Numba", "no FAISS", "neither"],
+)
+def test_auto_takes_faiss_only_on_a_cpu_without_numba_and_faiss_itself_must_be_there_when_asked_for(missing: tuple[str, ...], picked: str) -> None:
+    done = subprocess.run([sys.executable, "-c", PICKED, *missing], capture_output=True, text=True, check=False)
+    assert done.stdout == f"{picked} torch torch\n"
+    if "faiss" in missing:
+        message = "FAISS is not installed; install revq[cpu] (faiss-cpu) or revq[gpu] (faiss-gpu), or pass --backend torch"
+        assert done.stderr.splitlines()[-1].endswith(f"ConfigError: {message}")
+    else:
+        assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revq import nearest_codes
-from revq.errors import ConfigError
+from revq.errors import CodebookError, ConfigError, MismatchError
 from revq.models import box_search, nearest
 from revq.models.nearest import NearestCodes, _pick_backend
 
@@ -71,6 +71,41 @@ def test_every_backend_finds_a_code_as_near_as_the_float64_oracle(case: Case, ba
     assert indices.shape == (case.tokens, case.points)
     assert indices.dtype == torch.int64
     assert_nearest(indices, coordinates, codebooks)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("codes", [1, 600])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_a_point_that_is_not_finite_finds_some_code_and_its_neighbours_their_own(backend: str, codes: int, value: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    points, codebooks = torch.randn(3, 50, 4, generator=generator), torch.randn(3, codes, 4, generator=generator)
+    search = NearestCodes(codebooks, backend)
+    expected = search.query(points)
+    points[1, 20, 2] = points[1, 21, :] = points[2, 0, 0] = value
+    found = search.query(points)
+    assert int(found.min()) >= 0
+    assert int(found.max()) < codes
+    finite = points.isfinite().all(2)
+    assert torch.equal(found[finite], expected[finite])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 3, 4), (3, 3, 4), (2, 3, 5), (3, 4)], ids=str)
+def test_points_of_other_tokens_or_dims_than_the_codebooks_are_refused(backend: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(MismatchError, match=r"codebooks \(2, 600, 4\) need coordinates \(2,N,4\), not "):
+        NearestCodes(torch.zeros(2, 600, 4), backend).query(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(2, 0, 4), (2, 9, 0), (0, 9, 4), (9, 4)], ids=str)
+def test_codebooks_without_codes_are_refused(backend: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(CodebookError, match="at least one code"):
+        NearestCodes(torch.zeros(shape), backend)
+
+
+def test_moved_codebooks_keep_their_shape() -> None:
+    with pytest.raises(MismatchError, match=r"must keep their shape \(2, 9, 4\)"):
+        NearestCodes(torch.zeros(2, 9, 4)).move(torch.zeros(2, 8, 4))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -228,6 +263,7 @@ for tokens, count, codes, dims, offset in [(3, 70, 150, 4, 0.0), (2, 33, 64, 8, 
 corners = torch.tensor([[5.0, 0.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]).repeat(30, 1)
 assert NearestCodes(corners[None], "fused").query(torch.zeros(1, 1, 2)).item() == 1
 assert NearestCodes(corners[None], "fused").query(torch.zeros(1, 0, 2)).shape == (1, 0)
+assert 0 <= NearestCodes(corners[None, :70], "fused").query(torch.full((1, 1, 2), float("nan"))).item() < 70
 """
 
 
