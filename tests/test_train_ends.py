@@ -83,7 +83,7 @@ def test_a_last_phase_that_helps_gives_its_last_weights(small_store: Path, small
 
 
 def test_patience_ends_a_last_phase_that_never_beats_its_start(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
-    settings = {**LAST_PHASE, "finish_steps": 40, "evaluations": 40, "lr": 0.15, "patience": 3}
+    settings = {**LAST_PHASE, "finish_steps": 40, "evaluations": 40, "lr": 0.1, "patience": 3}
     events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", **settings)))
     assert metrics_of(tmp_path / "run")["step"] == [0, 1, 2, 3]
     assert notes(events) == ["no better since step 0: the last phase ends at step 3"]
