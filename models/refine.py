@@ -40,8 +40,9 @@ def refine_tokens(tokenizer: ReVQTokenizer, images: Tensor, coordinates: Tensor,
 def _refine(tokenizer: ReVQTokenizer, images: Tensor, coordinates: Tensor, steps: int) -> Tensor:
     best = indices = tokenizer.quantizer.encode(coordinates)
     least, gradient = _error_and_gradient(tokenizer, images, indices)
-    # The quantization error is the natural length of a step: a much shorter one changes no code, a much longer one all of them.
-    unit = (tokenizer.quantizer.decode(indices) - coordinates).flatten(1).norm(dim=1)
+    # The quantization error is the natural length of a step: a much shorter one changes no code, a much longer one all of them. Half of it, down to
+    # nothing in a cosine, did well on every transform (docs/codebooks.md).
+    unit = 0.5 * (tokenizer.quantizer.decode(indices) - coordinates).flatten(1).norm(dim=1)
     for step in range(steps):
         length = unit * 0.5 * (1 + math.cos(math.pi * step / steps)) / gradient.flatten(1).norm(dim=1).clamp_min(1e-30)
         coordinates = coordinates - length[:, None, None] * gradient

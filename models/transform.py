@@ -29,7 +29,7 @@ class LatentTransform(nn.Module):
     Quantization error is made in coordinates. Three kinds share this one form (design section 5):
     - `standardize` (the paper's): no axes, scale 1.
     - `pca`: orthogonal axes that decorrelate, dealt out so that every token needs the same number of bits.
-    - `decoder`: the same in the decoder's metric. A squared error of coordinates is the mean squared change of the picture, to first order:
+    - `decoder`: the same in the decoder's metric. A squared error of coordinates is the squared change of the picture, to first order and a factor:
       scale is how much each position moves it, and the axes undo what the positions do jointly. They are not orthogonal, so their inverse is kept.
     """
 

@@ -226,7 +226,7 @@ def _make_transform(
         if gradients is not None:
             tensors["sensitivity"] = gradients.square().mean(0)
             plain.scale = scale_from_sensitivity(tensors["sensitivity"])
-            gradients /= plain.scale
+            gradients /= plain.scale * tensors["sensitivity"].mean().sqrt()  # so the metric has mean diagonal 1, however bright the pictures are
         if config.transform != "standardize":
             tensors |= yield from _fit_axes(config, latents, plain.to(latents.device), gradients)
         write_bytes(partial / _TRANSFORM_NAME, save({**plain.cpu().state_dict(), **tensors}))

@@ -481,7 +481,28 @@ class Grey(Means):
 class Blind(Means):
     def decode(self, latents):
         return F.interpolate(0 * latents[:, :3], scale_factor=8)
+
+class Dim(Means):
+    def decode(self, latents):
+        return super().decode(latents) / 2
+
+class Dimmer(Means):
+    def decode(self, latents):
+        return super().decode(latents) / 64
 """
+
+
+def test_the_axes_do_not_depend_on_how_bright_the_decoders_pictures_are(tmp_path: Path, imagenet_sample: Path) -> None:
+    found = []
+    for factory in ("Dim", "Dimmer"):
+        store = encode_with(factory, tmp_path, imagenet_sample / "val")
+        settings = {"tokens": 64, "codes": 8, "iterations": 2, "transform": "decoder", "calibration_samples": 64}
+        run_quietly(fit_codebooks(FitCodebooksConfig(store=str(store), out=str(tmp_path / factory / "codebooks"), **settings)))  # type: ignore[arg-type]
+        found.append(load_codebooks(tmp_path / factory / "codebooks").transform)
+    dim, dimmer = found
+    assert torch.allclose(dim.scale, dimmer.scale, rtol=1e-4)
+    metrics = [transform.axes.T @ transform.axes for transform in found if transform.axes is not None]  # the axes' signs are free
+    assert torch.allclose(*metrics, atol=1e-3)
 
 
 def encode_with(factory: str, tmp_path: Path, images: Path) -> Path:
