@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..cache.batches import ResidentLatents, spread_rows
+from ..cache.batches import ResidentLatents, StreamingLatents, open_latents, spread_rows
 from ..cache.store import LatentSplit, LatentStore
 from ..errors import CodebookError, ConfigError
 from ..files import claim_output, write_bytes
@@ -48,6 +48,7 @@ from . import ranks
 from .code_usage import count_codes, summarize_usage, write_usage
 from .events import Advance, Begin, Event, Note, Result
 
+Latents = ResidentLatents | StreamingLatents  # whichever memory allows: they are only read through, once for each block of tokens
 _BLOCK_BYTES = 256 << 20
 _BATCH = 1024
 _DECODED_AT_ONCE = 4  # for its gradients DC-AE f32c32 keeps 1.3 GiB for each 256 px picture in float32
@@ -141,7 +142,7 @@ def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
         yield Note(text=note)
     if backend == "faiss" and not faiss_uses(device):
         yield Note(text=f"this FAISS fits on the CPU, not on {device}: install revq[gpu] (faiss-gpu), or pass --backend torch", warning=True)
-    latents = ResidentLatents(split, rows, device=device)
+    latents = open_latents(split, rows, device)
     yield from _make_transform(config, split, latents, vae, out / "partial")
     transform, sensitivity = _load_transform(config, out / "partial")
     yield from _fit_groups(config, latents, transform.to(device), backend, out / "partial")
@@ -211,15 +212,13 @@ def _check_sizes(config: FitCodebooksConfig, store: LatentStore, latents: int) -
         spatial_block(shape, config.tokens)
 
 
-def _make_transform(
-    config: FitCodebooksConfig, split: LatentSplit, latents: ResidentLatents, vae: FrozenVAE | None, partial: Path
-) -> Iterator[Event]:
+def _make_transform(config: FitCodebooksConfig, split: LatentSplit, latents: Latents, vae: FrozenVAE | None, partial: Path) -> Iterator[Event]:
     """Write transform and sensitivity to `partial`, where the other ranks, and a rerun, find them."""
     if ranks.broadcast((partial / _TRANSFORM_NAME).exists()):
         return
     mean = torch.from_numpy(split.mean).float()
     std = standard_deviation(torch.from_numpy(split.variance)).float()
-    gradients = None if vae is None else (yield from _calibrate(config, latents, std, vae))
+    gradients = None if vae is None else (yield from _calibrate(config, split, latents, std, vae))
     if ranks.rank() == 0:
         plain = LatentTransform(mean=mean, std=std, tokens=config.tokens)
         tensors: dict[str, Tensor] = {}
@@ -240,7 +239,7 @@ def _load_transform(config: FitCodebooksConfig, partial: Path) -> tuple[LatentTr
 
 
 def _fit_axes(
-    config: FitCodebooksConfig, latents: ResidentLatents, plain: LatentTransform, gradients: Tensor | None
+    config: FitCodebooksConfig, latents: Latents, plain: LatentTransform, gradients: Tensor | None
 ) -> Generator[Event, None, dict[str, Tensor]]:
     """`axes` (P,P), or (G,Q,Q) with spatial blocks, and `inverse_axes` where they are not orthogonal: one block after the other, so that memory holds
     the covariance of one. `gradients` (n,C,H,W) of the decoder, in the coordinates that the axes start from, make the metric."""
@@ -253,10 +252,10 @@ def _fit_axes(
     yield Begin(task="covariance", total=blocks * len(latents), unit="latents")
     for number in range(blocks):
         covariance, metric = Covariance(block_shape, latents.device), Covariance(block_shape, latents.device)
-        for batch in torch.arange(len(latents)).split(_BATCH):
-            scaled = plain.standardize(latents.batch(batch)) * plain.scale
+        for positions, batch in latents.sequential(_BATCH):
+            scaled = plain.standardize(batch) * plain.scale
             covariance.add(cut_into_blocks(scaled, block)[:, number].unflatten(1, block_shape))
-            yield Advance(done=number * len(latents) + int(batch[-1]) + 1)
+            yield Advance(done=number * len(latents) + int(positions[-1]) + 1)
         for part in () if gradients is None else gradients.split(_BATCH):
             metric.add(cut_into_blocks(part.to(latents.device), block)[:, number].unflatten(1, block_shape))
         bits = tokens * math.log2(config.codes)
@@ -266,30 +265,33 @@ def _fit_axes(
     return {name: torch.stack(matrices) if blocks > 1 else matrices[0] for name, matrices in made.items() if matrices}
 
 
-def _calibrate(config: FitCodebooksConfig, latents: ResidentLatents, std: Tensor, vae: FrozenVAE) -> Generator[Event, None, Tensor]:
+def _calibrate(config: FitCodebooksConfig, split: LatentSplit, latents: Latents, std: Tensor, vae: FrozenVAE) -> Generator[Event, None, Tensor]:
     """(n,C,H,W) gradients J^T v of standardised latents: v are random signs on the decoded values, one per cached latent drawn.
 
     Their mean outer product is E[J^T J], the metric in which an error of the latent is the squared change of the picture.
     Each rank takes every world_size-th batch. Memory on the CPU: all of them in float32.
     """
     std = std.to(latents.device)
-    draws = torch.randint(len(latents), (config.calibration_samples,), generator=torch.Generator().manual_seed(config.seed)).split(16)
+    chosen, draws = torch.randint(len(latents), (config.calibration_samples,), generator=torch.Generator().manual_seed(config.seed)).unique(
+        return_inverse=True
+    )
+    drawn, batches = ResidentLatents(split, latents.rows[chosen.numpy()], device=latents.device), draws.split(16)
     yield Begin(task="decoder sensitivity", total=config.calibration_samples, unit="products")
     mine, done = {}, 0
-    for number in range(ranks.rank(), len(draws), ranks.world_size()):
+    for number in range(ranks.rank(), len(batches), ranks.world_size()):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
         gradients = []
-        for some in latents.batch(draws[number]).split(_DECODED_AT_ONCE):
+        for some in drawn.batch(batches[number]).split(_DECODED_AT_ONCE):
             standardised = (some / std).requires_grad_()
             pixels = vae.decode(standardised * std)
             signs = torch.randint(0, 2, pixels.shape, generator=generator).to(pixels) * 2 - 1
             (gradient,) = torch.autograd.grad((pixels * signs).sum(), standardised)
             gradients.append(gradient.cpu())
         mine[number] = torch.cat(gradients)
-        done += len(draws[number]) * ranks.world_size()
+        done += len(batches[number]) * ranks.world_size()
         yield Advance(done=min(done, config.calibration_samples))
     gathered = {number: value for part in ranks.gather(mine) for number, value in part.items()}
-    return torch.cat([gathered[number] for number in range(len(draws))])
+    return torch.cat([gathered[number] for number in range(len(batches))])
 
 
 def sensitivity_table(sensitivity: Tensor, transform: LatentTransform) -> str:
@@ -304,16 +306,16 @@ def sensitivity_table(sensitivity: Tensor, transform: LatentTransform) -> str:
     return "\n".join([*head, *rows]) + "\n"
 
 
-def _spans(config: FitCodebooksConfig, latents: ResidentLatents, partial: Path) -> dict[tuple[int, int], Path]:
+def _spans(config: FitCodebooksConfig, latents: Latents, partial: Path) -> dict[tuple[int, int], Path]:
     """Blocks of tokens that are fitted at once, and the file of each; as many as there are ranks, where there are tokens enough, or more."""
-    dims = latents.latents[0].numel() // config.tokens
+    dims = math.prod(latents.latent_shape) // config.tokens
     widest = max(1, min(32, _BLOCK_BYTES // (len(latents) * dims * 4)))
     count = min(config.tokens, max(math.ceil(config.tokens / widest), ranks.world_size()))
     cuts = [config.tokens * block // count for block in range(count + 1)]
     return {(first, last): partial / f"tokens-{first:05d}-{last:05d}.safetensors" for first, last in pairwise(cuts)}
 
 
-def _fit_groups(config: FitCodebooksConfig, latents: ResidentLatents, transform: LatentTransform, backend: str, partial: Path) -> Iterator[Event]:
+def _fit_groups(config: FitCodebooksConfig, latents: Latents, transform: LatentTransform, backend: str, partial: Path) -> Iterator[Event]:
     """k-means for this rank's share of the blocks of tokens; each finished one is kept in `partial`, so that a rerun goes on there."""
     mine = dict(list(_spans(config, latents, partial).items())[ranks.rank() :: ranks.world_size()])
     done = sum(last - first for (first, last), path in mine.items() if path.exists())
@@ -332,17 +334,16 @@ def _fit_groups(config: FitCodebooksConfig, latents: ResidentLatents, transform:
         yield Advance(done=done, values={"mse": sum(errors) / len(errors)})
 
 
-def _join_groups(config: FitCodebooksConfig, latents: ResidentLatents, partial: Path) -> tuple[Tensor, Tensor, Tensor]:
+def _join_groups(config: FitCodebooksConfig, latents: Latents, partial: Path) -> tuple[Tensor, Tensor, Tensor]:
     """Codebooks (T,K,D), and over the fitted rows the counts (T,K) of their codes and the mean squared errors (T,)."""
     blocks = [load_file(path) for path in _spans(config, latents, partial).values()]
     joined = {name: torch.cat([block[name] for block in blocks]) for name in ("codebooks", "counts", "errors")}
     return joined["codebooks"], joined["counts"], joined["errors"]
 
 
-def _coordinates(latents: ResidentLatents, transform: LatentTransform, first: int, last: int) -> Tensor:
+def _coordinates(latents: Latents, transform: LatentTransform, first: int, last: int) -> Tensor:
     """(last-first,N,D) coordinates of those tokens for all latents."""
-    batches = torch.arange(len(latents)).split(_BATCH)
-    parts = [transform.to_coordinates(transform.standardize(latents.batch(batch)), first, last) for batch in batches]
+    parts = [transform.to_coordinates(transform.standardize(batch), first, last) for _, batch in latents.sequential(_BATCH)]
     return torch.cat(parts).transpose(0, 1).contiguous()
 
 

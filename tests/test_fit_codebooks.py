@@ -492,6 +492,23 @@ class Dimmer(Means):
 """
 
 
+def test_latents_that_do_not_fit_in_memory_give_the_same_codebooks_bit_for_bit(
+    small_store: Path, taef2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(name: str) -> bytes:
+        settings = {"tokens": 512, "codes": 8, "iterations": 2, "transform": "decoder", "calibration_samples": 20, "vae": taef2}
+        run_quietly(fit_codebooks(FitCodebooksConfig(store=str(small_store), out=str(tmp_path / name), **settings)))  # type: ignore[arg-type]
+        return (tmp_path / name / "codebooks.safetensors").read_bytes()
+
+    resident = fit("resident")
+    held = []
+    read = ResidentLatents._read
+    monkeypatch.setattr(ResidentLatents, "_read", lambda self, split: held.append(len(self)) or read(self, split))
+    monkeypatch.setattr("revq.cache.batches._free_host_bytes", lambda: 0)
+    assert fit("streamed") == resident
+    assert max(held) <= 20  # the calibration's alone
+
+
 def test_the_axes_do_not_depend_on_how_bright_the_decoders_pictures_are(tmp_path: Path, imagenet_sample: Path) -> None:
     found = []
     for factory in ("Dim", "Dimmer"):
