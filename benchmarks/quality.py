@@ -1,12 +1,13 @@
 """Tables of docs/results.md: how many decibels each choice costs or wins on photographs that nothing was fitted on.
 
-    python benchmarks/quality.py --part taef2 --work runs/quality       # or embedded, paper; REVQ_SHARED (../shared) holds the photographs
+    python benchmarks/quality.py --part taef2 --work runs/quality       # or embedded, refine, paper; REVQ_SHARED (../shared) holds the photographs
 
 Every stage is the real one, at the settings printed; what the folder `--work` holds already is not done again, so a stopped run goes on.
 
 - taef2: the ImageNet sample at 64 px through TAEF2, 512 tokens of 512 codes, each transform; 700 training photographs in 12 views to fit, the
   100 of the validation set to test.
 - embedded: the same photographs at 128 px through the VAE that revq brings, 512 tokens of 256 codes, 4 views.
+- refine: tokens searched for with the decoder in the loop (`evaluate --refine N`), on the tokenizers of decoder of both.
 - paper: the paper's recipe (random data points as codebooks, codebooks by gradient, plain coordinates, plain latent loss, EfficientViT blocks,
   exponential decay) against revq's, in the same wall time, codebooks' fit included. Nothing else should be running.
 """
@@ -58,9 +59,17 @@ def train_and_evaluate(vae: str, store: Path, codebooks: Path, run: Path, **sett
     started = time.perf_counter()
     run_quietly(train_rectifier(TrainRectifierConfig(store=str(store), codebooks=str(codebooks), out=str(run), vae=vae, **NETWORK | settings)))
     seconds = time.perf_counter() - started
-    out = run.with_name(f"{run.name}-evaluation")
-    run_quietly(evaluate(EvaluateConfig(tokenizer=str(run), images=str(photographs("val")), out=str(out), vae=vae, download=False)))
-    return {**json.loads((out / "metrics.json").read_text()), "seconds": seconds}
+    return {**evaluated(vae, run), "seconds": seconds}
+
+
+def evaluated(vae: str, run: Path, refine: int = 0) -> dict[str, Any]:
+    """metrics.json of the photographs that nothing was fitted on."""
+    out = run.with_name(f"{run.name}-evaluation-{refine}")
+    config = EvaluateConfig(
+        tokenizer=str(run), images=str(photographs("val")), out=str(out), vae=vae, refine=refine, tolerance_images=0, download=False
+    )
+    run_quietly(evaluate(config))
+    return json.loads((out / "metrics.json").read_text())  # type: ignore[no-any-return]
 
 
 def fit(vae: str, store: Path, out: Path, **settings: Any) -> float:
@@ -75,16 +84,33 @@ def transforms_part(name: str, work: Path) -> None:
     table = [("", "PSNR", "SSIM")]
     lost = {}
     for transform in TRANSFORMS:
-        codebooks = work / f"{name}-{transform}"
-        fit(vae, store, codebooks, codes=SETS[name][2], transform=transform)
-        settings = {"steps": 500, "finish_steps": 200, "finish_batch_size": 16, "codebook_lr": 0.0}
-        rows = train_and_evaluate(vae, store, codebooks, work / f"{name}-{transform}-run", **settings)["rows"]
+        rows = tokenizer_of(name, transform, vae, store, work)["rows"]
         if transform == TRANSFORMS[0]:
             table.append(row("vae", rows["vae"]))
         table += [row(f"{transform}, {kind}", rows[kind]) for kind in ("quantized", "rectified")]
         lost[transform] = rows["vae"]["psnr_db"] - rows["quantized"]["psnr_db"]
     show(f"{name}: {SETS[name][0]} px, 512 tokens of {SETS[name][2]} codes, unseen photographs", table)
     print(f"  decoder leaves {lost['decoder'] / lost['standardize']:.2f} of what standardize loses (aim on taef2: at most 0.40)")
+
+
+def tokenizer_of(name: str, transform: str, vae: str, store: Path, work: Path) -> dict[str, Any]:
+    """Codebooks and rectifier in `work`, and the evaluation of the tokenizer."""
+    codebooks = work / f"{name}-{transform}"
+    fit(vae, store, codebooks, codes=SETS[name][2], transform=transform)
+    settings = {"steps": 500, "finish_steps": 200, "finish_batch_size": 16, "codebook_lr": 0.0}
+    return train_and_evaluate(vae, store, codebooks, work / f"{name}-{transform}-run", **settings)
+
+
+def refine_part(work: Path) -> None:
+    for name in SETS:
+        vae, store = encode(name, work)
+        rows = tokenizer_of(name, "decoder", vae, store, work)["rows"]
+        table = [("", "PSNR", "SSIM", "encoding"), (*row("vae", rows["vae"]), "")]
+        for steps in (0, 2, 4, 8, 16, 32):
+            metrics = evaluated(vae, work / f"{name}-decoder-run", steps)
+            speed = f"{metrics['throughput']['encode_images_per_s']:.1f} images/s"
+            table.append((*row(f"rectified, {steps} steps", metrics["rows"]["rectified"]), speed))
+        show(f"{name}: tokens of decoder refined, the same bits, unseen photographs", table)
 
 
 def paper_part(work: Path) -> None:
@@ -132,7 +158,9 @@ def show(title: str, rows: list[tuple[str, ...]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("taef2", "embedded", "paper"), action="append", help="may be given more than once; default taef2")
+    parser.add_argument(
+        "--part", choices=("taef2", "embedded", "refine", "paper"), action="append", help="may be given more than once; default taef2"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="folder for stores, codebooks, runs and evaluations")
     arguments = parser.parse_args()
     if not photographs("val").is_dir():
@@ -140,7 +168,10 @@ def main() -> None:
         return
     print(f"{os.cpu_count()}-core CPU ({platform.machine()}), torch {torch.__version__}, {torch.get_num_threads()} threads")
     for part in arguments.part or ["taef2"]:
-        paper_part(arguments.work) if part == "paper" else transforms_part(part, arguments.work)
+        if part in SETS:
+            transforms_part(part, arguments.work)
+        else:
+            {"refine": refine_part, "paper": paper_part}[part](arguments.work)
 
 
 if __name__ == "__main__":
