@@ -113,8 +113,8 @@ class Meter:
             return ""
         return f"{rate:.{0 if rate >= 100 else 1}f} {self.begin.unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
 
-    def figures(self) -> str:
-        return "  ".join(_figure(name, value) for name, value in self.values.items() if not name.endswith("_per_s"))
+    def figures(self) -> list[str]:
+        return [_figure(name, value) for name, value in self.values.items() if not name.endswith("_per_s")]
 
 
 class _Lines:
@@ -158,7 +158,7 @@ class _Lines:
     def _line(self, meter: Meter, now: float) -> str:
         remaining = meter.remaining_s()
         pace = f"took {_clock(now - meter.started)}" if meter.finished else f"ETA {_clock(remaining)}"
-        parts = [f"{meter.counts()} ({meter.percent} %)", meter.rate(), pace, meter.figures().replace("  ", ", ")]
+        parts = [f"{meter.counts()} ({meter.percent} %)", meter.rate(), pace, *meter.figures()]
         return f"{meter.begin.task}: " + ", ".join(part for part in parts if part)
 
     def _print(self, text: str) -> None:
@@ -202,6 +202,17 @@ class _Bars:
             live.stop()
 
 
+def _packed(parts: list[str], width: int) -> list[str]:
+    """Lines of at most `width` columns, as full as they get, each begun by two spaces; no part is cut in two."""
+    lines: list[str] = []
+    for part in filter(None, parts):
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(f"  {part}")
+    return lines
+
+
 class _Frame:
     """One picture of a meter, at most as wide as the console: bar and counts; rate, times, figures."""
 
@@ -223,9 +234,8 @@ class _Frame:
             f"took {_clock(now - meter.started)}" if meter.finished else f"{_clock(now - meter.started)} elapsed, {_clock(meter.remaining_s())} left"
         )
         pace = "  ".join(part for part in (meter.rate(), elapsed) if part)
-        figures = meter.figures()
-        lines = [f"  {pace}  {figures}"] if figures and len(pace) + len(figures) + 4 <= options.max_width else [f"  {pace}", f"  {figures}"]
-        yield Group(bar, *(Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in lines if line.strip()))
+        lines = _packed([pace, *meter.figures()], options.max_width)
+        yield Group(bar, *(Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in lines))
 
 
 def finish(command: str, value: Mapping[str, Any], *, as_json: bool) -> None:
