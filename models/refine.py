@@ -33,6 +33,8 @@ def refine_tokens(tokenizer: ReVQTokenizer, images: Tensor, coordinates: Tensor,
     Returns:
         (B,T) int64; no image's pixels are further off than with its nearest codes.
     """
+    if steps == 0:
+        return tokenizer.quantizer.encode(coordinates)
     parts = zip(images.split(_IMAGES), coordinates.split(_IMAGES), strict=True)
     return torch.cat([_refine(tokenizer, some, start, steps) for some, start in parts])
 

@@ -298,7 +298,7 @@ def _one_line(error: Exception) -> str | None:
     if world()[1] > 1 and isinstance(error, RuntimeError) and "Connection" in str(error) and "peer" in str(error):
         return "another rank stopped, so this one cannot go on; what it finished is kept, and the first error above says why"
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-        return "out of memory; give a smaller --batch-size (what is finished is kept)"
+        return "out of memory; free some, or give a smaller --batch-size where there is one (what is finished is kept)"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'the system'}: {error.strerror} ({errno.errorcode.get(error.errno, error.errno)})"
     return None

@@ -234,7 +234,7 @@ def test_out_of_memory_is_one_line_that_names_the_batch_size():
     program = "from revq.pipeline.progress import one_line_errors\nwith one_line_errors():\n    raise MemoryError"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "revq: error: out of memory; give a smaller --batch-size (what is finished is kept)\n"
+    assert done.stderr == "revq: error: out of memory; free some, or give a smaller --batch-size where there is one (what is finished is kept)\n"
 
 
 def test_a_fault_of_revq_itself_keeps_its_traceback():
