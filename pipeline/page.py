@@ -41,7 +41,7 @@ _HEAT_FULL = 64
 _HEAT = ((0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191))
 _ROW_MEANINGS = {
     "original": "the crops against themselves: a check",
-    "vae": "the VAE alone, nothing quantized: the ceiling",
+    "vae": "the VAE alone, nothing quantized: the ceiling, unless tokens are refined",
     "quantized": "the tokens, decoded without the rectifier",
     "rectified": "the tokens, decoded with the rectifier",
 }

@@ -113,8 +113,9 @@ def title(metrics: Mapping[str, Any]) -> str:
 
 
 def subtitle(metrics: Mapping[str, Any]) -> str:
-    protocol = metrics["protocol"]
-    return f"{metrics['images']:,} images of {metrics['sources']['images']} at {protocol['image_size']} px, protocol {protocol['name']}"
+    protocol, steps = metrics["protocol"], metrics["protocol"].get("refine_steps")
+    refined = f", tokens refined by {steps} steps" if steps else ""
+    return f"{metrics['images']:,} images of {metrics['sources']['images']} at {protocol['image_size']} px, protocol {protocol['name']}{refined}"
 
 
 def number(value: float | None, digits: int) -> str:

@@ -36,6 +36,12 @@ def write_notes(
         notes["psnr_db"] = f"{', '.join(equal)}: identical images: PSNR is infinite"
     if images < codes:
         notes["codebook_usage"] = f"{images} images can use at most {images} of the {codes} codes of a codebook ({images / codes:.2%})"
+    steps = metrics["protocol"]["refine_steps"]
+    if steps:
+        notes["refined"] = (
+            f"the tokens were refined for each image in {steps} steps through the decoder and back: quantized and rectified may pass the vae row, "
+            "their latents are further from the encoder's, and encoding takes longer"
+        )
     if tokenizer.rectifier is None:
         notes["rectified"] = "this tokenizer has no rectifier: the row equals quantized"
     crops = other_crops(protocol, tokenizer.config)

@@ -82,4 +82,6 @@ def test_an_evaluation_of_refined_tokens_says_so_and_scores_higher(small_run: Pa
     assert refined["rows"]["rectified"]["psnr_db"] > plain["rows"]["rectified"]["psnr_db"] + 0.2
     assert refined["rows"]["vae"] == plain["rows"]["vae"]
     assert (plain["protocol"]["refine_steps"], refined["protocol"]["refine_steps"]) == (0, 8)
+    assert "refined for each image in 8 steps" in refined["notes"]["refined"]
+    assert "refined" not in plain["notes"]
     assert refined["round_trip"]["largest_difference"] == 0
