@@ -154,7 +154,7 @@ def test_the_demo_preset_is_whole_and_stays_offline():
 
 
 # Given by the run, by the machine, or None, which TOML cannot say; epochs and steps exclude each other.
-NOT_SAID = {"split", "val_split", "latents", "precision", "patience", "max_samples", "store_fingerprint", "epochs", "steps"}
+NOT_SAID = {"split", "val_split", "latents", "precision", "patience", "max_samples", "store_fingerprint", "data_digest", "backend", "epochs", "steps"}
 
 
 def preset_tables(name: str) -> dict[str, dict[str, object]]:
@@ -167,7 +167,8 @@ def test_a_preset_says_every_setting_that_shapes_its_weights(name: str):
     train = set(plan.train.identity()) - NOT_SAID
     if plan.train.finish_steps == 0:
         train -= {"finish_batch_size", "finish_lpips"}
-    fit = set(plan.fit.identity(SimpleNamespace(fingerprint=""))) - NOT_SAID  # type: ignore[arg-type]
+    split = SimpleNamespace(encoding=SimpleNamespace(fingerprint=""), data_digest="")
+    fit = set(plan.fit.identity(split, backend="torch")) - NOT_SAID  # type: ignore[arg-type]
     assert train - set(tables["train-rectifier"]) == set()
     assert fit - set(tables["fit-codebooks"]) == set()
     assert {"vae", "image_size", "views", "dtype", "seed"} - set(tables["encode-latents"]) == set()

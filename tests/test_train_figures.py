@@ -51,7 +51,7 @@ def test_losses_are_means_of_the_last_steps_codebooks_and_rectifier_apart(
 def test_the_line_of_the_last_phase_shows_no_codebook_loss(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", steps=4, finish_steps=2, finish_batch_size=4)))
     tasks = [event.task for event in events if isinstance(event, Begin)]
-    assert tasks == ["train", "train through the decoder", "count codes"]
+    assert tasks == ["train", "train through the decoder", "code usage"]
     assert ["codebook_loss" in shown_at(step, events) for step in (3, 4, 5, 6)] == [True, False, False, False]
 
 
@@ -113,7 +113,7 @@ def test_usage_of_each_trained_codebook_is_that_of_the_tokenizer_over_all_train_
     assert table["token"] == list(range(512))
     assert table["usage"] == usage(counts).tolist()
     assert table["perplexity"] == pytest.approx(perplexity(counts).tolist())
-    assert table["dead"] == dead_codes(counts).tolist()
+    assert table["dead_codes"] == dead_codes(counts).tolist()
 
 
 def test_usage_in_the_table_is_that_of_the_last_whole_epoch(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
