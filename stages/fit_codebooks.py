@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..cache.batches import ResidentLatents, StreamingLatents, open_latents, spread_rows
+from ..cache.batches import ResidentLatents, StreamingLatents, open_latents
+from ..cache.rows import spread_rows
 from ..cache.store import LatentSplit, LatentStore
 from ..errors import CodebookError, ConfigError
 from ..files import claim_output, write_bytes

@@ -24,12 +24,10 @@ from ..cache.batches import (
     Batch,
     ResidentLatents,
     StreamingLatents,
-    epoch_permutation,
     open_reader,
     reader_that_fits,
-    split_rows,
-    spread_rows,
 )
+from ..cache.rows import epoch_permutation, split_rows, spread_rows
 from ..cache.store import LatentSplit, LatentStore
 from ..errors import CodebookError, ConfigError, MismatchError, TrainingError
 from ..models.codebooks import Codebooks

@@ -7,8 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from revq import ReVQTokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("REVQ_SHARED", REPOSITORY.parent / "shared")).resolve()
@@ -113,3 +119,48 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, small_store: Path, small
     settings = {"steps": 6, "batch_size": 16, "width": 32, "depth": 1, "evaluations": 2}
     run_quietly(train_rectifier(TrainRectifierConfig(store=str(small_store), codebooks=str(small_codebooks), out=str(out), **settings)))
     return out
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_run: Path) -> ReVQTokenizer:
+    """That of `small_run`, through the real VAE."""
+    from revq import ReVQTokenizer
+
+    return ReVQTokenizer.from_pretrained(small_run / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def images(imagenet_sample: Path) -> Tensor:
+    """(4,3,64,64) real images in [-1,1]."""
+    import torch
+
+    from revq.cache.images import load_pixels
+
+    paths = sorted(imagenet_sample.glob("val/*/*"))[:4]
+    return torch.stack([torch.from_numpy(load_pixels(path.read_bytes(), 64).array) for path in paths]) / 127.5 - 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, taef2: str, imagenet_sample: Path) -> Path:
+    """A tokenizer with random codes and a rectifier that changes a little, for evaluations."""
+    from test_evaluate import load_images, make_tokenizer
+
+    from revq import FrozenVAE
+
+    return make_tokenizer(FrozenVAE.load(taef2), load_images(imagenet_sample / "train", 32, step=20), tmp_path_factory.mktemp("run") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An Inception of random weights in the published file format."""
+    from random_weights import save_random_inception
+
+    return save_random_inception(tmp_path_factory.mktemp("inception") / "inception.pth")
+
+
+@pytest.fixture
+def empty_torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No metric weights, whatever this machine has in its cache."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "torch-home"

@@ -18,14 +18,10 @@ from hypothesis import strategies as st
 from revq.cache.batches import (
     ResidentLatents,
     StreamingLatents,
-    epoch_permutation,
     open_latents,
-    rank_rows,
-    split_rows,
-    spread_images,
-    spread_rows,
 )
 from revq.cache.manifest import FAILED, OK, ManifestRow
+from revq.cache.rows import epoch_permutation, rank_rows, split_rows, spread_images, spread_rows
 from revq.cache.store import Encoding, LatentSplit, LatentStore
 from revq.cache.writer import SplitPlan, SplitWriter
 from revq.errors import ConfigError, StoreError

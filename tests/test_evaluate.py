@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from random_weights import save_random_alexnet, save_random_inception
+from random_weights import save_random_alexnet
 from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -66,22 +66,7 @@ def make_tokenizer(vae: FrozenVAE, images: Tensor, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, taef2: str, imagenet_sample: Path) -> Path:
-    return make_tokenizer(FrozenVAE.load(taef2), load_images(imagenet_sample / "train", 32, step=20), tmp_path_factory.mktemp("run") / "tokenizer")
-
-
-@pytest.fixture(scope="module")
-def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_inception(tmp_path_factory.mktemp("inception") / "inception.pth")
-
-
-@pytest.fixture(autouse=True)
-def empty_torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No metric weights, whatever this machine has in its cache."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "torch-home"
+pytestmark = pytest.mark.usefixtures("empty_torch_home")
 
 
 def flat_folder(folder: Path, imagenet_sample: Path, count: int) -> Path:

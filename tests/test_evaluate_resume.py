@@ -13,30 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from random_weights import save_random_alexnet, save_random_inception
-from test_evaluate import config_for, events_of, flat_folder, load_images, make_tokenizer
+from random_weights import save_random_alexnet
+from test_evaluate import config_for, events_of, flat_folder
 
-from revq.models.vae import FrozenVAE
 from revq.stages.evaluate import evaluate
 from revq.stages.events import Advance, Begin, run_quietly
 
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, taef2: str, imagenet_sample: Path) -> Path:
-    return make_tokenizer(FrozenVAE.load(taef2), load_images(imagenet_sample / "train", 32, step=20), tmp_path_factory.mktemp("run") / "tokenizer")
-
-
-@pytest.fixture(scope="module")
-def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_inception(tmp_path_factory.mktemp("inception") / "inception.pth")
-
-
-@pytest.fixture(autouse=True)
-def empty_torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No metric weights, whatever this machine has in its cache."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "torch-home"
+pytestmark = pytest.mark.usefixtures("empty_torch_home")
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -10,17 +10,14 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import zarr
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from revq import LatentStore
 from revq.cache.batches import ResidentLatents
-from revq.errors import CodebookError, ConfigError, MismatchError, OutputError, StoreError
+from revq.errors import CodebookError, MismatchError
 from revq.models.codebooks import CODEBOOKS_NAME, Codebooks, load_codebooks
 from revq.models.quantizer import MultiGroupQuantizer, code_counts, dead_codes, perplexity, usage
 from revq.models.transform import LatentTransform
@@ -36,6 +33,15 @@ SMALL = {"tokens": 512, "codes": 32, "iterations": 4, "calibration_samples": 32}
 
 def config(store: Path, out: Path, **changes: object) -> FitCodebooksConfig:
     return FitCodebooksConfig(**{"store": str(store), "out": str(out), "transform": "standardize", **SMALL, **changes})  # type: ignore[arg-type]
+
+
+def stop_after_first_block(settings: FitCodebooksConfig) -> None:
+    stopped = fit_codebooks(settings)
+    for event in stopped:
+        if isinstance(event, Advance) and "mse" in event.values:
+            stopped.close()  # type: ignore[attr-defined]
+            return
+    raise AssertionError("no block was fitted")
 
 
 def latent_error(store: Path, fitted: Codebooks, split: str, weigh: Codebooks | None = None) -> float:
@@ -201,109 +207,6 @@ def test_another_vae_for_the_decoder_transform_is_refused(small_store: Path, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_codebooks_of_other_settings_are_kept_unless_overwritten(small_store: Path, tmp_path: Path) -> None:
-    run_quietly(fit_codebooks(config(small_store, tmp_path / "out")))
-    before = (tmp_path / "out" / "codebooks.safetensors").read_bytes()
-    with pytest.raises(OutputError, match="codes: 32 there, 16 asked"):
-        run_quietly(fit_codebooks(config(small_store, tmp_path / "out", codes=16)))
-    assert (tmp_path / "out" / "codebooks.safetensors").read_bytes() == before
-    run_quietly(fit_codebooks(config(small_store, tmp_path / "out", codes=16, overwrite=True)))
-    assert load_codebooks(tmp_path / "out").codebooks.shape == (512, 16, 4)
-
-
-@pytest.fixture(scope="module")
-def other_images(tmp_path_factory: pytest.TempPathFactory, imagenet_sample: Path, taef2: str) -> Path:
-    """A store with the fingerprint of `small_store`: the same VAE and size, other images."""
-    store = tmp_path_factory.mktemp("other") / "latents.zarr"
-    settings = {"images": str(imagenet_sample / "val"), "image_size": 64, "limit": 60, "views": 2, "workers": 2}
-    run_quietly(encode_latents(EncodeLatentsConfig(store=str(store), vae=taef2, **settings)))  # type: ignore[arg-type]
-    return store
-
-
-def stop_after_first_block(settings: FitCodebooksConfig) -> None:
-    stopped = fit_codebooks(settings)
-    for event in stopped:
-        if isinstance(event, Advance) and "mse" in event.values:
-            stopped.close()  # type: ignore[attr-defined]
-            return
-    raise AssertionError("no block was fitted")
-
-
-def test_codebooks_of_other_images_are_not_taken_for_finished(small_store: Path, other_images: Path, tmp_path: Path) -> None:
-    assert LatentStore.open(small_store).fingerprint == LatentStore.open(other_images).fingerprint
-    run_quietly(fit_codebooks(config(small_store, tmp_path / "out")))
-    before = (tmp_path / "out" / CODEBOOKS_NAME).read_bytes()
-    with pytest.raises(OutputError, match=r"made with other settings \(data_digest: .* there, .* asked\)"):
-        run_quietly(fit_codebooks(config(other_images, tmp_path / "out")))
-    assert (tmp_path / "out" / CODEBOOKS_NAME).read_bytes() == before
-    run_quietly(fit_codebooks(config(other_images, tmp_path / "out", overwrite=True)))
-    assert (tmp_path / "out" / CODEBOOKS_NAME).read_bytes() != before
-
-
-def test_a_stopped_fit_does_not_go_on_with_other_images_or_another_backend(small_store: Path, other_images: Path, tmp_path: Path) -> None:
-    stop_after_first_block(config(small_store, tmp_path / "out", backend="torch"))
-    with pytest.raises(OutputError, match="data_digest"):
-        run_quietly(fit_codebooks(config(other_images, tmp_path / "out", backend="torch")))
-    with pytest.raises(OutputError, match="backend: torch there, faiss asked"):
-        run_quietly(fit_codebooks(config(small_store, tmp_path / "out", backend="faiss")))
-    run_quietly(fit_codebooks(config(small_store, tmp_path / "out", backend="torch")))
-
-
-def test_a_rectifier_may_train_on_other_images_than_the_codebooks(other_images: Path, small_codebooks: Path, tmp_path: Path) -> None:
-    from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
-
-    run = TrainRectifierConfig(store=str(other_images), codebooks=str(small_codebooks), out=str(tmp_path / "run"), width=0, steps=0)
-    run_quietly(train_rectifier(run))
-
-
-def test_a_codebook_file_of_another_fit_beside_a_good_config_is_refused(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
-    shutil.copytree(small_codebooks, tmp_path / "swapped")
-    run_quietly(fit_codebooks(config(small_store, tmp_path / "other", seed=1)))
-    shutil.copy(tmp_path / "other" / CODEBOOKS_NAME, tmp_path / "swapped" / CODEBOOKS_NAME)
-    with pytest.raises(CodebookError, match=r"codebooks\.safetensors is of the fit [0-9a-f]{8}, the config\.json beside it of the fit"):
-        load_codebooks(tmp_path / "swapped")
-
-
-def rewrite(folder: Path, changes: dict[str, torch.Tensor], *, keep_metadata: bool = True) -> None:
-    """Change tensors of a codebook file."""
-    path = folder / CODEBOOKS_NAME
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    save_file({**load_file(path), **changes}, path, metadata if keep_metadata else None)
-
-
-def test_a_codebook_file_that_does_not_say_whose_fit_it_is_is_refused(small_codebooks: Path, tmp_path: Path) -> None:
-    shutil.copytree(small_codebooks, tmp_path / "old")
-    rewrite(tmp_path / "old", {}, keep_metadata=False)
-    with pytest.raises(CodebookError, match=r"of an older revq.*; remove the folder and fit the codebooks again"):
-        load_codebooks(tmp_path / "old")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-def test_codes_that_are_not_finite_are_refused(value: float, small_codebooks: Path, tmp_path: Path) -> None:
-    shutil.copytree(small_codebooks, tmp_path / "bad")
-    codes = load_codebooks(small_codebooks).codebooks.clone()
-    codes[300, 7, 1] = value
-    rewrite(tmp_path / "bad", {"codebooks": codes})
-    with pytest.raises(CodebookError, match=r"codebook 300 has codes that are not finite; .* fit the codebooks again"):
-        load_codebooks(tmp_path / "bad")
-
-
-def test_a_damaged_codebook_file_is_named(small_store: Path, tmp_path: Path) -> None:
-    run_quietly(fit_codebooks(config(small_store, tmp_path / "out")))
-    path = tmp_path / "out" / "codebooks.safetensors"
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(CodebookError, match=r"codebooks\.safetensors is damaged"):
-        load_codebooks(tmp_path / "out")
-
-
-def test_codebooks_whose_transform_another_version_wrote_are_refused(small_codebooks: Path, tmp_path: Path) -> None:
-    shutil.copytree(small_codebooks, tmp_path / "old")
-    rewrite(tmp_path / "old", {"transform.rotation": torch.eye(4)})
-    with pytest.raises(CodebookError, match=r"holds transform\.rotation, which another version of revq wrote"):
-        load_codebooks(tmp_path / "old")
-
-
 def test_two_ranks_share_the_work_and_give_the_same_bytes_as_one_process(
     small_store: Path, tmp_path: Path, torchrun: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -459,125 +362,3 @@ def test_larger_latents_are_cut_into_spatial_blocks_all_the_way_to_a_tokenizer(
     run_quietly(fit_codebooks(config(small_store, tmp_path / "plain", codes=16)))
     plain = load_codebooks(tmp_path / "plain")
     assert latent_error(small_store, fitted, "val", weigh=fitted) < latent_error(small_store, plain, "val", weigh=fitted)
-
-
-PLAIN_VAE = """
-import torch, torch.nn.functional as F
-
-class Means(torch.nn.Module):
-    \"\"\"Colours of 8 x 8 squares; twice their mean, which the decoder ignores; and a channel that is always one.\"\"\"
-
-    def encode(self, images):
-        colours = F.avg_pool2d(images, 8)
-        return torch.cat([colours, 2 * colours.mean(1, keepdim=True), torch.ones_like(colours[:, :1])], 1)
-
-    def decode(self, latents):
-        return F.interpolate(latents[:, :3], scale_factor=8)
-
-class Grey(Means):
-    def encode(self, images):
-        return torch.full_like(F.avg_pool2d(images, 8), 0.25)
-
-class Blind(Means):
-    def decode(self, latents):
-        return F.interpolate(0 * latents[:, :3], scale_factor=8)
-
-class Dim(Means):
-    def decode(self, latents):
-        return super().decode(latents) / 2
-
-class Dimmer(Means):
-    def decode(self, latents):
-        return super().decode(latents) / 64
-"""
-
-
-def test_latents_that_do_not_fit_in_memory_give_the_same_codebooks_bit_for_bit(
-    small_store: Path, taef2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fit(name: str) -> bytes:
-        settings = {"tokens": 512, "codes": 8, "iterations": 2, "transform": "decoder", "calibration_samples": 20, "vae": taef2}
-        run_quietly(fit_codebooks(FitCodebooksConfig(store=str(small_store), out=str(tmp_path / name), **settings)))  # type: ignore[arg-type]
-        return (tmp_path / name / "codebooks.safetensors").read_bytes()
-
-    resident = fit("resident")
-    held = []
-    read = ResidentLatents._read
-    monkeypatch.setattr(ResidentLatents, "_read", lambda self, split: held.append(len(self)) or read(self, split))
-    monkeypatch.setattr("revq.cache.batches._free_host_bytes", lambda: 0)
-    assert fit("streamed") == resident
-    assert max(held) <= 20  # the calibration's alone
-
-
-def test_the_axes_do_not_depend_on_how_bright_the_decoders_pictures_are(tmp_path: Path, imagenet_sample: Path) -> None:
-    found = []
-    for factory in ("Dim", "Dimmer"):
-        store = encode_with(factory, tmp_path, imagenet_sample / "val")
-        settings = {"tokens": 64, "codes": 8, "iterations": 2, "transform": "decoder", "calibration_samples": 64}
-        run_quietly(fit_codebooks(FitCodebooksConfig(store=str(store), out=str(tmp_path / factory / "codebooks"), **settings)))  # type: ignore[arg-type]
-        found.append(load_codebooks(tmp_path / factory / "codebooks").transform)
-    dim, dimmer = found
-    assert torch.allclose(dim.scale, dimmer.scale, rtol=1e-4)
-    metrics = [transform.axes.T @ transform.axes for transform in found if transform.axes is not None]  # the axes' signs are free
-    assert torch.allclose(*metrics, atol=1e-3)
-
-
-def encode_with(factory: str, tmp_path: Path, images: Path) -> Path:
-    (tmp_path / "plain_vae.py").write_text(PLAIN_VAE)
-    store = tmp_path / f"{factory}.zarr"
-    settings = {"images": str(images), "vae": f"{tmp_path / 'plain_vae.py'}:{factory}", "image_size": 64, "limit": 60, "workers": 2}
-    run_quietly(encode_latents(EncodeLatentsConfig(store=str(store), **settings)))  # type: ignore[arg-type]
-    return store
-
-
-@pytest.mark.parametrize("transform", ["decoder", "pca", "standardize"])
-def test_constant_and_redundant_channels_and_those_the_decoder_ignores_are_fitted_all_the_same(
-    transform: str, tmp_path: Path, imagenet_sample: Path
-) -> None:
-    store = encode_with("Means", tmp_path, imagenet_sample / "val")
-    settings = config(store, tmp_path / "out", transform=transform, tokens=80, codes=16)
-    notes = [event.text for event in fit_codebooks(settings) if isinstance(event, Note)]
-    assert any("64 of 320 latent positions never vary" in note for note in notes)
-    fitted = load_codebooks(tmp_path / "out")
-    latents = ResidentLatents(LatentStore.open(store)["train"]).batch(torch.arange(60))
-    quantizer = MultiGroupQuantizer(fitted.codebooks)
-    quantized = fitted.transform.inverse(quantizer.decode(quantizer.encode(fitted.transform(latents)))).detach()
-    assert torch.allclose(fitted.transform.inverse(fitted.transform(latents)), latents, atol=1e-3)
-    assert float((quantized[:, 4] - 1).abs().max()) < 1e-3
-    assert float((quantized[:, :3] - latents[:, :3]).square().mean()) < 0.5 * float(latents[:, :3].var())
-
-
-def test_latents_that_are_all_the_same_leave_every_codebook_one_living_code_and_say_so(tmp_path: Path, imagenet_sample: Path) -> None:
-    store = encode_with("Grey", tmp_path, imagenet_sample / "val")
-    events = list(fit_codebooks(config(store, tmp_path / "out", transform="pca", tokens=48, codes=8)))
-    notes = [event.text for event in events if isinstance(event, Note)]
-    assert any("336 codes in 48 of 48 codebooks are used by no latent" in note for note in notes)
-    assert latent_error(store, load_codebooks(tmp_path / "out"), "train") < 1e-9
-
-
-def test_a_decoder_that_ignores_its_latents_cannot_calibrate(tmp_path: Path, imagenet_sample: Path) -> None:
-    store = encode_with("Blind", tmp_path, imagenet_sample / "val")
-    with pytest.raises(CodebookError, match="--transform pca"):
-        run_quietly(fit_codebooks(config(store, tmp_path / "out", transform="decoder", tokens=80, codes=8)))
-
-
-def test_a_value_that_is_not_finite_in_the_store_is_named_by_its_row(tmp_path: Path, imagenet_sample: Path) -> None:
-    store = encode_with("Means", tmp_path, imagenet_sample / "val")
-    array = zarr.open_group(str(store / "train"), mode="r+", zarr_format=3)["latents"]
-    array[17] = np.full(array.shape[1:], np.nan, array.dtype)
-    with pytest.raises(StoreError, match='row 17 of split "train" is not finite'):
-        run_quietly(fit_codebooks(config(store, tmp_path / "out", tokens=80, codes=8)))
-
-
-def test_too_few_latents_for_the_codes_are_told_with_what_to_do(small_store: Path, tmp_path: Path) -> None:
-    notes = [event.text for event in fit_codebooks(config(small_store, tmp_path / "out")) if isinstance(event, Note)]
-    assert notes[0] == (
-        "120 latents for 32 codes are 3.8 per code, FAISS advises 39; codes will suit unseen images less well: "
-        "encode more images or --views, or take --codes 2 or fewer"
-    )
-
-
-@pytest.mark.parametrize("changes", [{"codes": 1}, {"tokens": 0}, {"transform": "fourier"}, {"backend": "gpu"}, {"rectifier_share": 1.0}], ids=str)
-def test_settings_out_of_range_are_refused(changes: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(changes)).replace("_", "-")):
-        config(Path("store"), Path("out"), **changes)

@@ -15,20 +15,6 @@ from revq.stages.evaluate import EvaluateConfig, evaluate
 from revq.stages.events import run_quietly
 
 
-@pytest.fixture(scope="module")
-def tokenizer(small_run: Path) -> ReVQTokenizer:
-    return ReVQTokenizer.from_pretrained(small_run / "tokenizer")
-
-
-@pytest.fixture(scope="module")
-def images(imagenet_sample: Path) -> Tensor:
-    """(4,3,64,64) real images in [-1,1]."""
-    from revq.cache.images import load_pixels
-
-    paths = sorted(imagenet_sample.glob("val/*/*"))[:4]
-    return torch.stack([torch.from_numpy(load_pixels(path.read_bytes(), 64).array) for path in paths]) / 127.5 - 1
-
-
 def errors(tokenizer: ReVQTokenizer, images: Tensor, indices: Tensor) -> Tensor:
     return (tokenizer.decode(indices) - images).square().mean((1, 2, 3))
 

@@ -14,20 +14,6 @@ from revq import FrozenVAE, ReVQTokenizer
 from revq.errors import MismatchError, TokenizerError
 
 
-@pytest.fixture(scope="module")
-def tokenizer(small_run: Path) -> ReVQTokenizer:
-    return ReVQTokenizer.from_pretrained(small_run / "tokenizer")
-
-
-@pytest.fixture(scope="module")
-def images(imagenet_sample: Path) -> Tensor:
-    """(4,3,64,64) real images in [-1,1]."""
-    from revq.cache.images import load_pixels
-
-    paths = sorted(imagenet_sample.glob("val/*/*"))[:4]
-    return torch.stack([torch.from_numpy(load_pixels(path.read_bytes(), 64).array) for path in paths]) / 127.5 - 1
-
-
 def test_encode_gives_tokens_and_decode_gives_pictures(tokenizer: ReVQTokenizer, images: Tensor) -> None:
     indices = tokenizer.encode(images)
     assert indices.shape == (4, 512)

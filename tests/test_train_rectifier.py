@@ -326,8 +326,8 @@ def test_without_a_compiler_training_goes_on_without_compilation(small_store: Pa
     assert weights(tmp_path / "run") == weights(tmp_path / "eager")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="Weights & Biases is installed")
-def test_weights_and_biases_where_it_is_not_installed_is_refused_with_the_way_to_get_it() -> None:
+def test_weights_and_biases_where_it_is_not_installed_is_refused_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("revq.stages.training_log.importlib.util.find_spec", lambda package: None)
     with pytest.raises(ConfigError, match="pip install wandb"):
         config(Path("store"), Path("codebooks"), Path("out"), wandb=True)
 
