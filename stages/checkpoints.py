@@ -1,6 +1,6 @@
 """The checkpoints of train-rectifier on disk.
 
-`checkpoints/` holds the last few as step-XXXXXXXX.pt, that of the first phase's end (from where a run may be made longer), and best.pt.
+`checkpoints/` holds the last few, each named by its step, that of the first phase's end (from where a run may be made longer), and best.pt.
 Only rank 0 writes; every rank reads the one that rank 0 found sound.
 """
 
