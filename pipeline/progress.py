@@ -111,10 +111,11 @@ class Meter:
         rate = self.rate_per_s()
         if rate is None:
             return ""
-        return f"{rate:.{0 if rate >= 100 else 1}f} {self.begin.unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        pace = f"{rate:.{0 if rate >= 100 else 1}f} {self.begin.unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        return pace if self.finished else f"{pace} now"
 
     def figures(self) -> list[str]:
-        return [_figure(name, value) for name, value in self.values.items() if not name.endswith("_per_s")]
+        return [_figure(name, value) for name, value in self.values.items()]
 
 
 class _Lines:

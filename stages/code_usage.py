@@ -48,7 +48,7 @@ def count_codes(split: LatentSplit, transform: LatentTransform, codebooks: Tenso
     mine = rows[first:last]
     counts = torch.zeros(codebooks.shape[:2], dtype=torch.int64, device=device)
     sums = []
-    yield Begin(task="code usage", total=len(mine), unit="latents")
+    yield Begin(task=ranks.task_of_share("code usage"), total=len(mine), unit="latents")
     for positions, latents in open_latents(split, mine, device).sequential(_BATCH) if len(mine) else ():
         coordinates = transform(latents)
         indices = quantizer.encode(coordinates)

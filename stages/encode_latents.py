@@ -120,10 +120,17 @@ class _Progress:
     images_this_run: int = 0
     failed_this_run: int = 0
     started: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+    """From the start to the last event."""
+
+    def advance(self) -> Advance:
+        """Tell how far the run has come. The bar's rate at the end and the result's are of the same time."""
+        self.seconds = time.perf_counter() - self.started
+        return Advance(done=self.images)
 
     @property
     def images_per_s(self) -> float:
-        return self.images_this_run / max(time.perf_counter() - self.started, 1e-9)
+        return self.images_this_run / max(self.seconds, 1e-9)
 
 
 def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
@@ -165,8 +172,7 @@ def _encode_split(job: _Job) -> Generator[Event, None, dict[str, Any]]:
         ranks.barrier()
     yield from _notes_on_resume(config, writer)
     done = writer.rows_done // config.views
-    task = f"encode {config.split}" if ranks.world_size() == 1 else f"encode {config.split} (rank {rank} of {ranks.world_size()})"
-    yield Begin(task=task, total=writer.rows_own // config.views, unit="images", done=done)
+    yield Begin(task=ranks.task_of_share(f"encode {config.split}"), total=writer.rows_own // config.views, unit="images", done=done)
     progress = _Progress(images=done)
     yield from _encode_shards(job, writer, progress)
     counts = ranks.gather((progress.failed_this_run, progress.images_per_s))  # also the point where all ranks have written their shards
@@ -240,9 +246,11 @@ def _encode_shard(
             running.append(([row for row, _ in batch], _launch(job, [pixels.array for _, pixels in batch])))
             if len(running) > 1:  # fetch a batch only when the next one is under way, so that a GPU never waits for the host
                 _fetch(job, *running.pop(0), latents, rows)
-            yield Advance(done=progress.images, values={"images_per_s": progress.images_per_s})
+            if not last:
+                yield progress.advance()
     for positions, batch_latents in running:
         _fetch(job, positions, batch_latents, latents, rows)
+    yield progress.advance()  # also where the last images cannot be read, and no batch ends with them
     return latents, rows
 
 

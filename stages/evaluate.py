@@ -35,7 +35,7 @@ from .outputs import EVALUATION_KIND, METRICS_NAME, finished_metrics, write_eval
 from .protocols import PROTOCOLS
 from .reconstruct import check_round_trip, reconstruct
 from .summary import Context
-from .tally import COLUMNS, Measured, Tally, new_tally, resume, save_partial
+from .tally import Measured, Tally, new_tally, resume, save_partial
 from .tolerance import Instruments, measure_tolerance
 from .weights import FoundWeights, find_metric_weights
 
@@ -191,7 +191,8 @@ def _measure_all(inputs: _Inputs, instruments: Instruments, kept_in: Path | None
     make = partial(new_tally, tokens=tokenizer.tokens, codes=tokenizer.codes, images=inputs.count, device=tokenizer.device, rows=taken)
     settings = _partial_settings(inputs)
     tally = resume(make, kept_in, settings) if kept_in else make()
-    yield Begin(task="evaluate", total=inputs.count, unit="images", done=min(inputs.count, tally.seen * world))
+    total = inputs.loader.share(inputs.count, rank=ranks.rank(), ranks=world)
+    yield Begin(task=ranks.task_of_share("evaluate"), total=total, unit="images", done=tally.seen)
     saved = time.monotonic()
     try:
         for batch in inputs.loader.batches(range(inputs.count), rank=ranks.rank(), ranks=world, skip=tally.batches):
@@ -199,13 +200,11 @@ def _measure_all(inputs: _Inputs, instruments: Instruments, kept_in: Path | None
             if kept_in and time.monotonic() - saved > _SAVE_EVERY_S:
                 save_partial(tally, kept_in, settings)
                 saved = time.monotonic()
-            yield Advance(done=min(inputs.count, tally.seen * world), values=_watched(tally))
+            yield Advance(done=tally.seen, values=_watched(tally))
     except (KeyboardInterrupt, GeneratorExit):
         if kept_in and tally.whole and tally.batches:
             save_partial(tally, kept_in, settings)
         raise
-    if tally.failed:
-        yield Advance(done=inputs.count)
     return tally
 
 
@@ -236,8 +235,8 @@ def _way(inputs: _Inputs) -> dict[str, Any]:
 
 
 def _watched(tally: Tally) -> dict[str, float]:
-    """The figure to show beside the progress: mean PSNR of the last batch's rectified row."""
-    return {"psnr_db": float(tally.scores[-1][:, COLUMNS.index("rectified.psnr_db")].mean())} if tally.scores else {}
+    """The figure to show beside the progress: the rectified row's PSNR, as the result will have it, over all images of this rank so far."""
+    return {"rectified_psnr_db": float(tally.column("rectified", "psnr_db").mean())} if tally.images else {}
 
 
 def _tolerance(inputs: _Inputs, instruments: Instruments, tally: Tally) -> Generator[Event, None, dict[str, Any] | None]:

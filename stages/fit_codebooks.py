@@ -319,10 +319,10 @@ def _spans(config: FitCodebooksConfig, latents: Latents, partial: Path) -> dict[
 def _fit_groups(config: FitCodebooksConfig, latents: Latents, transform: LatentTransform, backend: str, partial: Path) -> Iterator[Event]:
     """k-means for this rank's share of the blocks of tokens; each finished one is kept in `partial`, so that a rerun goes on there."""
     mine = dict(list(_spans(config, latents, partial).items())[ranks.rank() :: ranks.world_size()])
-    done = sum(last - first for (first, last), path in mine.items() if path.exists())
+    errors = [load_file(path)["errors"] for path in mine.values() if path.exists()]
+    done = sum(map(len, errors))
     shared = f", rank {ranks.rank()} of {ranks.world_size()}" if ranks.world_size() > 1 else ""
     yield Begin(task=f"k-means ({backend}{shared})", total=sum(last - first for first, last in mine), unit="codebooks", done=done)
-    errors = []
     for (first, last), path in mine.items():
         if path.exists():
             continue
@@ -330,9 +330,9 @@ def _fit_groups(config: FitCodebooksConfig, latents: Latents, transform: LatentT
         seeds = [config.seed * 1_000_003 + token for token in range(first, last)]
         block = _assess(points, kmeans(points, config.codes, iterations=config.iterations, seeds=seeds, backend=backend))
         write_bytes(path, save(block))
-        errors.append(float(block["errors"].mean()))
+        errors.append(block["errors"])
         done += last - first
-        yield Advance(done=done, values={"mse": sum(errors) / len(errors)})
+        yield Advance(done=done, values={"coordinate_mse": float(torch.cat(errors).mean())})
 
 
 def _join_groups(config: FitCodebooksConfig, latents: Latents, partial: Path) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ranks
-from .train_state import TrainState, refuse_bad_steps
+from .train_state import TrainState, chosen_step, refuse_bad_steps
 from .training_data import Inputs
 
 if TYPE_CHECKING:
@@ -64,14 +64,20 @@ class LiveFigures:
         return self._last
 
     def shown(self, state: TrainState) -> dict[str, float]:
-        """What was read last and what was evaluated last, under the names that the progress line has room for. Waits for the device."""
-        names = {"quantized": "val_mse_quantized", "rectified": "val_mse_rectified", "preview_db": "preview_rectified_db"}
-        if self._config.codebook_lr > 0:
-            names["usage"] = "codebook_usage"
-        evaluation = state.evaluations[-1]
-        shown = {short: evaluation[name] for short, name in names.items() if name in evaluation}
+        """What the progress line shows, under the result's names where the result has it; waits for the device.
+
+        Errors are those of the weights that the tokenizer would get if this were the end: of the newest evaluation, or of `weights_of_step`.
+        Losses and images/s are of the steps since the last log point; the result has none.
+        """
+        newest, (step, _) = state.evaluations[-1], chosen_step(state, self._config.patience)
+        chosen = next(row for row in state.evaluations if row["step"] == step)
+        shown = {name: chosen[name] for name in ("val_mse_quantized", "val_mse_rectified", "preview_rectified_db") if name in chosen}
+        if chosen is not newest:
+            shown["weights_of_step"] = step
+        if self._config.codebook_lr > 0 and "codebook_usage" in newest:
+            shown["codebook_usage"] = newest["codebook_usage"]
         if state.usage is not None:
-            shown["usage"] = float(state.usage[0])
+            shown["codebook_usage"] = float(state.usage[0])
         short_names = {"images_per_s": "images/s", "device_memory_gib": "GiB"}
         shown |= {short_names.get(name, name): value for name, value in self._last.items()}
         if state.finishing and not state.done:  # where the last phase begins: the codebooks train no more

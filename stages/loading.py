@@ -71,6 +71,10 @@ class Loader:
             return Crop(index, None, reason=error.strerror or type(error).__name__)
         return Crop(index, square.pixels, hashlib.sha256(square.pixels.data).digest(), square.shorter_side < self.image_size)
 
+    def share(self, images: int, *, rank: int, ranks: int) -> int:
+        """How many of so many images are in this rank's batches."""
+        return sum(min(self.batch_size, images - start) for start in range(0, images, self.batch_size)[rank::ranks])
+
     def batches(self, indices: Sequence[int], *, rank: int, ranks: int, skip: int = 0) -> Iterator[Batch]:
         """This rank's batches of the images `indices`, but for the first `skip`."""
         parts = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]

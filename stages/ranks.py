@@ -26,6 +26,11 @@ def world_size() -> int:
     return dist.get_world_size() if _joined() else 1
 
 
+def task_of_share(task: str) -> str:
+    """The name of a task whose counts and figures are of this rank's share alone."""
+    return task if world_size() == 1 else f"{task} (rank {rank()} of {world_size()})"
+
+
 def barrier() -> None:
     """Wait until every rank has come here."""
     if _joined():

@@ -90,7 +90,8 @@ class Tally:
 
     def column(self, row: str, metric: str) -> Tensor:
         """(N,) every image's value, NaN where it was not measured."""
-        return self.table()[:, COLUMNS.index(f"{row}.{metric}")]
+        at = COLUMNS.index(f"{row}.{metric}")
+        return torch.cat([batch[:, at] for batch in self.scores]) if self.scores else torch.empty(0, dtype=torch.float64)
 
     def commit(self, batch: Batch, measured: Measured | None) -> None:
         """Take in one batch; `measured` is None where none of its images can be read."""
