@@ -200,7 +200,10 @@ def _evaluate(
     protocol: Annotated[str, _method(help="revq or adm.")] = "revq",
     inception_weights: Annotated[str | None, _method(help="Inception file for rFID.", show_default="download")] = None,
     no_download: Annotated[bool, _method("--no-download", help="Never try the network for metric weights.")] = False,
-    tolerance_images: Annotated[int, _method(help="Images for the tolerance curve; 0 leaves it out.")] = 128,
+    tolerance_images: Annotated[
+        int | None, _method(help="Images for the tolerance curve.", show_default="up to 128, in no more time than all else takes")
+    ] = None,
+    no_tolerance: Annotated[bool, _method("--no-tolerance", help="Leave the tolerance curve out.")] = False,
     precision: Annotated[str, _method(help="The decoder's: fp32 or bf16.")] = "fp32",
     refine: Annotated[int, _method(help="Steps of the search for better tokens, image by image; 16 is much.")] = 0,
     limit: Limit = None,
@@ -217,6 +220,8 @@ def _evaluate(
 
     [dim]Example:[/] revq evaluate runs/first imagenet/val runs/first/evaluation
     """
+    if no_tolerance and tolerance_images is not None:
+        raise typer.BadParameter("give one of the two", param_hint="--tolerance-images / --no-tolerance")
 
     def events() -> Iterator[Event]:
         from .pipeline.run import evaluate_and_report
@@ -224,8 +229,8 @@ def _evaluate(
 
         config = EvaluateConfig(
             tokenizer=tokenizer, images=images, out=out, protocol=protocol, inception_weights=inception_weights, batch_size=batch_size,
-            limit=limit, tolerance_images=tolerance_images, seed=seed, precision=precision, refine=refine, vae=vae, device=device,
-            workers=workers, cache=cache, overwrite=overwrite, download=not no_download,
+            limit=limit, tolerance_images=0 if no_tolerance else tolerance_images, seed=seed, precision=precision, refine=refine, vae=vae,
+            device=device, workers=workers, cache=cache, overwrite=overwrite, download=not no_download,
         )  # fmt: skip
         return evaluate_and_report(config)
 

@@ -96,6 +96,17 @@ def whole_seconds(config: EvaluateConfig) -> tuple[float, float, float]:
     return marks["end"] - marks["begin"], marks["worked"] - marks["idle"], time.perf_counter() - started
 
 
+def tolerance_share(config: EvaluateConfig) -> float:
+    """Seconds on the clock of the tolerance curve over those of the rows, both from the first image to the last."""
+    seconds: dict[str, float] = {}
+    for event in evaluate(config):
+        if isinstance(event, Begin):
+            task, begun = event.task, time.perf_counter()
+        if isinstance(event, Advance):
+            seconds[task] = time.perf_counter() - begun
+    return seconds["tolerance"] / seconds["evaluate"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
@@ -122,6 +133,7 @@ def main() -> None:
         cached = EvaluateConfig(**settings, out=str(folder / "cached-0"), cache=str(folder / "cache"), device=str(device))
         whole_seconds(cached)
         again, _, _ = whole_seconds(EvaluateConfig(**settings, out=str(folder / "cached-1"), cache=str(folder / "cache"), device=str(device)))
+        curve = tolerance_share(EvaluateConfig(**settings | {"tolerance_images": None}, out=str(folder / "curve"), cache="off", device=str(device)))
     count = batches * BATCH
     rows = [
         ("networks alone", f"{statistics.median(count / bare for bare, *_ in pairs):.1f} images/s"),
@@ -129,6 +141,7 @@ def main() -> None:
         ("  ratio (aim: at least 0.9)", f"{statistics.median(bare / whole for bare, _, whole, *_ in pairs):.2f}"),
         ("  ratio of processor seconds, for a machine with other work", f"{statistics.median(bare / whole for _, bare, _, whole, _ in pairs):.2f}"),
         ("the same with the originals' features from the cache", f"{count / again:.1f} images/s"),
+        ("time of the tolerance curve over that of the rows (aim: at most 1)", f"{curve:.2f}"),
         (f"all of an evaluation of {count} images, without tolerance", f"{statistics.median(total for *_, total in pairs):.0f} s"),
     ]
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()}-core CPU ({platform.machine()})"

@@ -8,7 +8,7 @@ from typing import Any
 from .charts import Chart, Line, Mark
 
 _CURVES = {"psnr_db": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS-Alex", "rfid": "rFID"}
-_NOISE = "noise on the latent, in its standard deviations"
+_NOISE = "size of the noise, in deviations of the latent"
 
 
 def tolerance_charts(tolerance: Mapping[str, Any] | None) -> list[Chart]:

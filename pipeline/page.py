@@ -223,7 +223,9 @@ def _tolerance(metrics: Mapping[str, Any]) -> str:
     return f"""<section aria-labelledby="tolerance">
 <h2 id="tolerance">How much error the decoder forgives</h2>
 <p class="lead">Gaussian noise on the latents of {tolerance["images"]} images, decoded. The dots are this tokenizer's own
-latents, at the size of their error in either measure: a dot above the curve of PSNR is an error that hurts less than noise of the same size.</p>
+latents, at the size of their error in either measure: a dot above the curve of PSNR is an error that hurts less than noise of the same size.{
+        " Noise in the decoder's metric moves the picture alike in every direction, to first order." if tolerance.get("decoder") else ""
+    }</p>
 {_charts(tolerance_charts(tolerance))}{table_html(tolerance_table(tolerance), "quality against noise")}</section>
 """
 

@@ -36,7 +36,7 @@ from .protocols import PROTOCOLS
 from .reconstruct import check_round_trip, reconstruct
 from .summary import Context
 from .tally import Measured, Tally, new_tally, resume, save_partial
-from .tolerance import Instruments, measure_tolerance
+from .tolerance import Instruments, affordable_images, measure_tolerance
 from .weights import FoundWeights, find_metric_weights
 
 PRECISIONS = ("fp32", "bf16")
@@ -62,8 +62,8 @@ class EvaluateConfig:
     """Images decoded at once; bounds the memory, does not change the numbers."""
     limit: int | None = None
     """Evaluate the first so many images; None means all."""
-    tolerance_images: int = 128
-    """Images for the tolerance curve, spread over all; 0 leaves it out."""
+    tolerance_images: int | None = None
+    """Images for the tolerance curve, spread over all; 0 leaves it out. None means 128, or as many as cost no more than all else does."""
     seed: int = 0
     """Seed of the tolerance curve's noise; nothing else is random."""
     precision: str = "fp32"
@@ -89,8 +89,9 @@ class EvaluateConfig:
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
         for name, lowest in (("batch_size", 1), ("workers", 1), ("tolerance_images", 0), ("refine", 0)):
-            if getattr(self, name) < lowest:
-                raise ConfigError(f"{name} must be at least {lowest}, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ConfigError(f"{name} must be at least {lowest}, not {value}")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit must be at least 1, or None for all images, not {self.limit}")
 
@@ -107,10 +108,6 @@ class _Inputs:
     weights: dict[str, FoundWeights]
     cache: FeatureCache | None
     """None: the originals' features are not kept."""
-
-    @property
-    def bf16(self) -> bool:
-        return self.config.precision == "bf16"
 
 
 def evaluate(config: EvaluateConfig) -> Iterator[Event]:
@@ -231,7 +228,7 @@ def _measure(inputs: _Inputs, instruments: Instruments, batch: Batch) -> Measure
 
 def _way(inputs: _Inputs) -> dict[str, Any]:
     """How images become tokens and pictures."""
-    return {"bf16": inputs.bf16, "refine": inputs.config.refine}
+    return {"bf16": inputs.config.precision == "bf16", "refine": inputs.config.refine}
 
 
 def _watched(tally: Tally) -> dict[str, float]:
@@ -241,13 +238,14 @@ def _watched(tally: Tally) -> dict[str, float]:
 
 def _tolerance(inputs: _Inputs, instruments: Instruments, tally: Tally) -> Generator[Event, None, dict[str, Any] | None]:
     """The tolerance curve over images spread evenly over those that were measured; None where it is switched off."""
-    wanted = min(inputs.config.tolerance_images, tally.images)
+    asked = inputs.config.tolerance_images
+    wanted = affordable_images(inputs.tokenizer, tally.images) if asked is None else min(asked, tally.images)
     if not wanted:
         return None
     positions = sorted({tally.index[round(i * (tally.images - 1) / max(wanted - 1, 1))] for i in range(wanted)})
     alex = {name: network for name, network in instruments.lpips.items() if name == "lpips_alex"}
     fewer = Instruments(inception=instruments.inception, lpips=alex)
-    return (yield from measure_tolerance(inputs.tokenizer, inputs.loader, positions, fewer, seed=inputs.config.seed, bf16=inputs.bf16))
+    return (yield from measure_tolerance(inputs.tokenizer, inputs.loader, positions, fewer, seed=inputs.config.seed, **_way(inputs)))
 
 
 def _context(inputs: _Inputs) -> Context:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.quantizer import code_counts, perplexity, usage
-from .networks import FEATURES, Lpips
+from .networks import FEATURES, Lpips, images_at_once
 
 ROWS = ("original", "vae", "quantized", "rectified")
 IMAGE_METRICS = ("psnr_db", "ssim", "lpips_alex", "lpips_vgg")
@@ -43,13 +43,8 @@ def score_images(rows: Mapping[str, Tensor], reference: Tensor, lpips: Mapping[s
     Args:
         lpips: networks by name of their metric; NaN stands for a metric that has none. PSNR of equal pictures is infinite.
     """
-    # In flat and dark places SSIM's variances cancel: in float32 the mean over an image is off by 1e-5. MPS has no float64.
-    theirs = reference.to(torch.float32 if reference.device.type == "mps" else torch.float64) / 255
-    moments = _local_moments(theirs)
-    scores = {}
-    for row, images in rows.items():
-        ours = images.to(theirs) / 255
-        scores[row] = {"psnr_db": psnr_db(images, reference), "ssim": _ssim(ours, theirs, _local_moments(ours), moments)}
+    similarities = _similarities(rows, reference)
+    scores = {row: {"psnr_db": psnr_db(images, reference), "ssim": similarities[row]} for row, images in rows.items()}
     for name in ("lpips_alex", "lpips_vgg"):
         network = lpips.get(name)
         nothing = torch.full((len(reference),), math.nan)
@@ -57,6 +52,20 @@ def score_images(rows: Mapping[str, Tensor], reference: Tensor, lpips: Mapping[s
         for row, values in zip(rows, distances, strict=True):
             scores[row][name] = values
     return {row: {name: values.double().cpu() for name, values in metrics.items()} for row, metrics in scores.items()}
+
+
+def _similarities(rows: Mapping[str, Tensor], reference: Tensor) -> dict[str, Tensor]:
+    """SSIM (B,) by row, a few images at once."""
+    at_once = images_at_once(reference.device, reference.shape[-1])
+    found: dict[str, list[Tensor]] = {row: [] for row in rows}
+    for start in range(0, len(reference), at_once):
+        # In flat and dark places SSIM's variances cancel: in float32 the mean over an image is off by 1e-5. MPS has no float64.
+        theirs = reference[start : start + at_once].to(torch.float32 if reference.device.type == "mps" else torch.float64) / 255
+        moments = _local_moments(theirs)
+        for row, images in rows.items():
+            ours = images[start : start + at_once].to(theirs) / 255
+            found[row].append(_ssim(ours, theirs, _local_moments(ours), moments))
+    return {row: torch.cat(values) for row, values in found.items()}
 
 
 def psnr_db(images: Tensor, reference: Tensor) -> Tensor:

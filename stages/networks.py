@@ -25,6 +25,16 @@ from ..files import write_bytes
 FEATURES = 2048
 CLASSES = 1008
 _LPIPS_AT_ONCE = 16  # VGG's first features of 64 images of 256 px would be gigabytes
+_CPU_PIXELS_AT_ONCE = 16 * 128 * 128
+_INCEPTION_PX = 299
+
+
+def images_at_once(device: torch.device, side_px: int) -> int:
+    """How many pictures of that side go through a network together: on a GPU all that there are, on a CPU 16 of 128 px.
+
+    There more at once are no faster, and their activations fill gigabytes: 64 channels at full size are 256 bytes a pixel, in several copies.
+    """
+    return max(1, _CPU_PIXELS_AT_ONCE // side_px**2) if device.type == "cpu" else 1 << 20
 
 
 @contextmanager
@@ -70,9 +80,9 @@ class Inception:
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """uint8 (B,3,S,S) -> pooled features (B,2048) float32."""
+        parts = images.split(images_at_once(self.device, _INCEPTION_PX))
         with full_float32(self.device):
-            features: Tensor = self.network(images)[0]
-        return features
+            return torch.cat([self.network(part)[0] for part in parts])
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
@@ -104,8 +114,8 @@ class Lpips:
     @torch.no_grad()
     def distances(self, rows: Sequence[Tensor], reference: Tensor) -> list[Tensor]:
         """Each row's distance (B,) from the reference; images uint8 (B,3,S,S)."""
-        parts = range(0, len(reference), _LPIPS_AT_ONCE)
-        found = [self._distances([row[i : i + _LPIPS_AT_ONCE] for row in rows], reference[i : i + _LPIPS_AT_ONCE]) for i in parts]
+        at_once = min(_LPIPS_AT_ONCE, images_at_once(self.device, reference.shape[-1]))
+        found = [self._distances([row[i : i + at_once] for row in rows], reference[i : i + at_once]) for i in range(0, len(reference), at_once)]
         return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
 
     def _distances(self, rows: Sequence[Tensor], reference: Tensor) -> list[Tensor]:

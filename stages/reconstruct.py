@@ -17,8 +17,8 @@ from torch import Tensor
 from ..errors import TokenizerError, VAEError
 from ..models.refine import refine_tokens
 from ..models.tokenizer import ReVQTokenizer
-from .metrics import to_signed, to_uint8
-from .networks import full_float32
+from .metrics import ROWS, to_signed, to_uint8
+from .networks import full_float32, images_at_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +27,16 @@ class Reconstruction:
 
     rows: dict[str, Tensor]
     """uint8 (B,3,S,S): original, vae, quantized, rectified."""
+    latents: Tensor
+    """(B,C,H,W) raw, of the encoder."""
     indices: Tensor
     """(B,T) int64."""
     latent_errors: dict[str, dict[str, Tensor]]
-    """By row "quantized" and "rectified": mean squared error (B,) of the standardised latent, plain and in the decoder's metric."""
+    """By row "quantized" and "rectified": mean squared error (B,) of the standardised latent, plain, and of the coordinates."""
     seconds: dict[str, float]
     """ "encode": images to indices; "decode": indices to images, with the rectifier where there is one."""
 
 
-@torch.no_grad()
 def reconstruct(tokenizer: ReVQTokenizer, originals: Tensor, keys: Sequence[str], *, bf16: bool = False, refine: int = 0) -> Reconstruction:
     """Decode uint8 images (B,3,S,S) in every way.
 
@@ -47,6 +48,26 @@ def reconstruct(tokenizer: ReVQTokenizer, originals: Tensor, keys: Sequence[str]
     Raises:
         VAEError, TokenizerError: a decoded value is not finite.
     """
+    at_once = images_at_once(tokenizer.device, tokenizer.image_size)
+    parts = [
+        _reconstruct(tokenizer, originals[i : i + at_once], keys[i : i + at_once], bf16=bf16, refine=refine)
+        for i in range(0, len(originals), at_once)
+    ]
+    return Reconstruction(
+        rows={row: torch.cat([part.rows[row] for part in parts]) for row in ROWS},
+        latents=torch.cat([part.latents for part in parts]),
+        indices=torch.cat([part.indices for part in parts]),
+        latent_errors={
+            row: {name: torch.cat([part.latent_errors[row][name] for part in parts]) for name in errors}
+            for row, errors in parts[0].latent_errors.items()
+        },
+        seconds={name: sum(part.seconds[name] for part in parts) for name in parts[0].seconds},
+    )
+
+
+@torch.no_grad()
+def _reconstruct(tokenizer: ReVQTokenizer, originals: Tensor, keys: Sequence[str], *, bf16: bool, refine: int) -> Reconstruction:
+    """`reconstruct` of as many images as go through the networks at once. Decoded pictures become uint8 one row after the other."""
     device = tokenizer.device
     with full_float32(device):
         started = _now(device)
@@ -54,28 +75,27 @@ def reconstruct(tokenizer: ReVQTokenizer, originals: Tensor, keys: Sequence[str]
         latents = tokenizer.vae.encode(images)
         indices = refine_tokens(tokenizer, images, tokenizer.transform(latents.float()), refine)
         encoded = _now(device)
-        last = tokenizer.decode_latents(indices, rectify=True)
-        decoded = {"rectified": _decode(tokenizer, last, bf16)}
+        approximate = {"rectified": tokenizer.decode_latents(indices, rectify=True)}
+        pictures = _decode(tokenizer, approximate["rectified"], bf16)
         finished = _now(device)
-        approximate = {"rectified": last}
-        decoded["vae"] = _decode(tokenizer, latents, bf16)
+        rows = {"rectified": _finite_uint8(pictures, "rectified", keys)}
+        rows["vae"] = _finite_uint8(_decode(tokenizer, latents, bf16), "vae", keys)
         if tokenizer.rectifier is None:
-            approximate["quantized"], decoded["quantized"] = last, decoded["rectified"]
+            approximate["quantized"], rows["quantized"] = approximate["rectified"], rows["rectified"]
         else:
             approximate["quantized"] = tokenizer.decode_latents(indices, rectify=False)
-            decoded["quantized"] = _decode(tokenizer, approximate["quantized"], bf16)
-    _check_finite(decoded, keys)
-    rows = {"original": originals, **{row: to_uint8(decoded[row]) for row in ("vae", "quantized", "rectified")}}
+            rows["quantized"] = _finite_uint8(_decode(tokenizer, approximate["quantized"], bf16), "quantized", keys)
     errors = {row: latent_errors(tokenizer, approximate[row], latents) for row in ("quantized", "rectified")}
     seconds = {"encode": encoded - started, "decode": finished - encoded}
-    return Reconstruction(rows=rows, indices=indices, latent_errors=errors, seconds=seconds)
+    return Reconstruction(rows={"original": originals, **rows}, latents=latents, indices=indices, latent_errors=errors, seconds=seconds)
 
 
 def latent_errors(tokenizer: ReVQTokenizer, approximate: Tensor, latents: Tensor) -> dict[str, Tensor]:
-    """Mean squared error (B,) float64 on the CPU between raw latents (B,C,H,W), standardised; and weighted by the transform's scale."""
+    """Mean squared error (B,) float64 on the CPU between raw latents (B,C,H,W), standardised; and of their coordinates, which with the `decoder`
+    transform is that in the decoder's metric."""
     error = (approximate - latents.float()) / tokenizer.transform.std
-    weighted = error * tokenizer.transform.scale
-    return {"latent_mse": error.square().mean((1, 2, 3)).cpu().double(), "decoder_mse": weighted.square().mean((1, 2, 3)).cpu().double()}
+    coordinates = tokenizer.transform.to_coordinates(error)
+    return {"latent_mse": error.square().mean((1, 2, 3)).cpu().double(), "decoder_mse": coordinates.square().mean((1, 2)).cpu().double()}
 
 
 @torch.no_grad()
@@ -116,16 +136,17 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _check_finite(decoded: dict[str, Tensor], keys: Sequence[str]) -> None:
-    for row in ("vae", "quantized", "rectified"):
-        finite = decoded[row].isfinite().flatten(1).all(dim=1)
-        if not bool(finite.all()):
-            key = keys[int((~finite).nonzero()[0])]
-            error = VAEError if row == "vae" else TokenizerError
-            raise error(f"the {row} row of image {key} decodes to values that are not finite; its metrics would mean nothing")
+def _finite_uint8(decoded: Tensor, row: str, keys: Sequence[str]) -> Tensor:
+    finite = decoded.isfinite().flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        key = keys[int((~finite).nonzero()[0])]
+        error = VAEError if row == "vae" else TokenizerError
+        raise error(f"the {row} row of image {key} decodes to values that are not finite; its metrics would mean nothing")
+    return to_uint8(decoded)
 
 
 def decode_to_uint8(tokenizer: ReVQTokenizer, latents: Tensor, *, bf16: bool = False) -> Tensor:
     """Raw latents (B,C,H,W) -> uint8 (B,3,S,S), as in `reconstruct`."""
+    parts = latents.split(images_at_once(tokenizer.device, tokenizer.image_size))
     with torch.no_grad(), full_float32(tokenizer.device):
-        return to_uint8(_decode(tokenizer, latents, bf16))
+        return torch.cat([to_uint8(_decode(tokenizer, part, bf16)) for part in parts])

@@ -1,13 +1,13 @@
 """The tolerance curve: how much noise on its latents does this decoder forgive? The premise of Quantize-then-Rectify, measured.
 
-Gaussian noise of growing strength is added to the latents of a few images and decoded. *Isotropic* noise has the same strength at every
-position of the standardised latent. Noise in the *decoder's metric* is weaker where the decoder is sensitive (divided by the transform's
-scale), so that every position moves the picture about equally. The tokenizer's own quantized and rectified latents are measured on the same
-images: above the curve, its error hurts less than noise of the same size, and below it more.
+Gaussian noise of growing strength is added to the latents of a few images and decoded. *Isotropic* noise is white in the standardised latent.
+Noise in the *decoder's metric* is white in the coordinates, where a squared error is the squared change of the picture to first order: the
+whole of E[J^T J], of what the positions do one by one and jointly. The tokenizer's own quantized and rectified latents are measured on the
+same images: above the curve, its error hurts less than noise of the same size, and below it more.
 
 The noise of an image depends on (seed, its position in the source, strength), not on batches or ranks.
 
-Shapes: N images, B batch, C,H,W latent channels, rows, columns, F features.
+Shapes: N images, B batch, V variants, M metrics, C,H,W latent channels, rows, columns, T tokens, D dims per token, F features.
 """
 
 from __future__ import annotations
@@ -25,13 +25,19 @@ from . import ranks
 from .events import Advance, Begin, Event
 from .frechet import frechet_distance, gaussian_of
 from .loading import Batch, Loader
-from .metrics import score_images, to_signed
-from .networks import Inception, Lpips, full_float32
-from .reconstruct import decode_to_uint8, latent_errors
+from .metrics import score_images
+from .networks import Inception, Lpips
+from .reconstruct import decode_to_uint8, reconstruct
 
 LEVELS = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
 """Root mean square of the noise, in deviations of the latent."""
+MOST_IMAGES = 128
 CURVE_METRICS = ("rfid", "psnr_db", "ssim", "lpips_alex")
+_IMAGE_METRICS = CURVE_METRICS[1:]
+_ROWS = ("vae", "quantized", "rectified")
+_MARKS = ("quantized", "rectified")
+_ERRORS = {"isotropic": "latent_mse", "decoder": "decoder_mse"}
+"""By kind of noise, how the size of the tokenizer's own error is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,37 +49,48 @@ class Instruments:
 
 
 @dataclass
-class _Variant:
-    """One way to spoil the latents, and what came of it on every image."""
+class _Measured:
+    """What was found on every image, a tensor for each batch."""
 
     index: list[int] = field(default_factory=list)
-    scores: dict[str, list[Tensor]] = field(default_factory=dict)
+    scores: list[Tensor] = field(default_factory=list)
+    """(B,V,M) float64 of the variants by `_IMAGE_METRICS`."""
+    errors: list[Tensor] = field(default_factory=list)
+    """(B,2,2) float64 mean squared errors of `_MARKS` by `_ERRORS`."""
     features: list[Tensor] = field(default_factory=list)
+    """(B,V+1,F) of the variants, then of the original."""
+
+
+def affordable_images(tokenizer: ReVQTokenizer, images: int) -> int:
+    """How many images the curve takes where nobody says: at most 128, and so few that it decodes no more pictures than the rows of `images` did."""
+    rows = 2 if tokenizer.rectifier is None else 3
+    return min(MOST_IMAGES, max(1, images * rows // (rows + len(_strengths(tokenizer)))))
 
 
 def measure_tolerance(
-    tokenizer: ReVQTokenizer, loader: Loader, positions: Sequence[int], instruments: Instruments, *, seed: int, bf16: bool
+    tokenizer: ReVQTokenizer, loader: Loader, positions: Sequence[int], instruments: Instruments, *, seed: int, **way: Any
 ) -> Generator[Event, None, dict[str, Any]]:
     """Both curves and the tokenizer's own points over the images at `positions`, which can all be read; see the top of this file.
+
+    Args:
+        way: how images become tokens and pictures, as for `reconstruct`.
 
     Returns:
         {"images", "levels", "isotropic": [{"noise", metrics...} by level, 0 first], "decoder": the same or None,
         "marks": {"quantized", "rectified"}}.
     """
     strengths = _strengths(tokenizer)
-    variants: dict[str, _Variant] = {}
-    originals: list[Tensor] = []
-    yield Begin(task="tolerance", total=len(positions), unit="images")
+    found = _Measured()
+    share = {"rank": ranks.rank(), "ranks": ranks.world_size()}
+    yield Begin(task=ranks.task_of_share("tolerance"), total=loader.share(len(positions), **share), unit="images")
     done = 0
-    for batch in loader.batches(positions, rank=ranks.rank(), ranks=ranks.world_size()):
+    for batch in loader.batches(positions, **share):
         if batch.crops:
-            _measure_batch(tokenizer, batch, instruments, variants, originals, strengths, seed=seed, bf16=bf16)
-        done += (len(batch.crops) + len(batch.failed)) * ranks.world_size()
-        yield Advance(done=min(done, len(positions)))
-    merged = {name: _merge(variants.get(name, _Variant())) for name in ("vae", "quantized", "rectified", *strengths)}
-    reference = _gather_features(originals) if instruments.inception else None
-    values = {name: _summary(variant, reference) for name, variant in merged.items()}
-    return _tables(values, strengths, len(merged["vae"].index))
+            keys = [loader.source.items[crop.index].key for crop in batch.crops]
+            _measure_batch(tokenizer, batch, instruments, found, strengths, keys=keys, seed=seed, **way)
+        done += len(batch.crops) + len(batch.failed)
+        yield Advance(done=done)
+    return _tables(_merge(found), strengths)
 
 
 def _strengths(tokenizer: ReVQTokenizer) -> dict[str, tuple[str, float]]:
@@ -83,95 +100,83 @@ def _strengths(tokenizer: ReVQTokenizer) -> dict[str, tuple[str, float]]:
 
 
 def has_decoder_metric(tokenizer: ReVQTokenizer) -> bool:
-    """Whether the transform weighs positions by how much they move the picture."""
-    scale = tokenizer.transform.scale
-    return bool((scale != scale.flatten()[0]).any())
+    """Whether coordinates weigh errors by how much they move the picture: where the way to them is no rotation."""
+    scale, inverse_axes = tokenizer.transform.scale, tokenizer.transform.inverse_axes
+    return inverse_axes is not None or bool((scale != scale.flatten()[0]).any())
 
 
+@torch.no_grad()
 def _measure_batch(
     tokenizer: ReVQTokenizer,
     batch: Batch,
     instruments: Instruments,
-    variants: dict[str, _Variant],
-    originals: list[Tensor],
+    found: _Measured,
     strengths: Mapping[str, tuple[str, float]],
     *,
+    keys: Sequence[str],
     seed: int,
     bf16: bool,
+    **way: Any,
 ) -> None:
-    """Add one batch to every variant."""
+    """Add one batch."""
     pixels = batch.pixels().to(tokenizer.device)
     index = [crop.index for crop in batch.crops]
-    with full_float32(tokenizer.device):
-        latents = tokenizer.vae.encode(to_signed(pixels))
-        indices = tokenizer.encode_latents(latents)
-        spoiled = {"vae": latents, **{row: tokenizer.decode_latents(indices, rectify=row == "rectified") for row in ("quantized", "rectified")}}
-    unit = _noise(index, latents, seed)
-    transform = tokenizer.transform
-    shapes = {"isotropic": transform.std, "decoder": transform.std / transform.scale}
-    names = ["vae", "quantized", "rectified", *strengths]
-    for name in names:
-        if name in strengths:
-            kind, level = strengths[name]
-            spoiled[name] = latents + level * unit * shapes[kind]
-        images = decode_to_uint8(tokenizer, spoiled[name], bf16=bf16)
-        scores = score_images({name: images}, pixels, instruments.lpips)[name]
-        variant = variants.setdefault(name, _Variant())
-        variant.index += index
-        for metric, values in {**scores, **latent_errors(tokenizer, spoiled.pop(name) if name in strengths else spoiled[name], latents)}.items():
-            variant.scores.setdefault(metric, []).append(values)
-        if instruments.inception:
-            variant.features.append(instruments.inception.features(images).cpu())
+    done = reconstruct(tokenizer, pixels, keys, bf16=bf16, **way)
+    noise = _noise(tokenizer, index, seed)
+    pictures = {row: done.rows[row] for row in _ROWS}
+    for name, (kind, level) in strengths.items():
+        pictures[name] = decode_to_uint8(tokenizer, done.latents + level * noise[kind], bf16=bf16)
+    scores = score_images(pictures, pixels, instruments.lpips)
+    found.index += index
+    found.scores.append(torch.stack([torch.stack([scores[name][metric] for metric in _IMAGE_METRICS], 1) for name in pictures], 1))
+    found.errors.append(torch.stack([torch.stack([done.latent_errors[row][name] for name in _ERRORS.values()], 1) for row in _MARKS], 1))
     if instruments.inception:
-        originals.append(instruments.inception.features(pixels).cpu())
+        found.features.append(torch.stack([instruments.inception.features(images).cpu() for images in (*pictures.values(), pixels)], 1))
 
 
-def _noise(index: Sequence[int], latents: Tensor, seed: int) -> Tensor:
-    """Standard normal (B,C,H,W): each image's own, and the same direction at every strength."""
+def _noise(tokenizer: ReVQTokenizer, index: Sequence[int], seed: int) -> dict[str, Tensor]:
+    """By kind, noise of size 1 on the raw latents (B,C,H,W): each image's own, and the same direction at every strength."""
+    transform, shape = tokenizer.transform, tokenizer.latent_shape
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in index]
-    return torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators]).to(latents)
+    normal = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(tokenizer.device)
+    coordinates = normal.flatten(1).unflatten(1, (tokenizer.tokens, tokenizer.dims))
+    return {"isotropic": normal * transform.std, "decoder": transform.from_coordinates(coordinates) * transform.std}
 
 
-def _merge(variant: _Variant) -> _Variant:
-    """One variant over all ranks."""
-    parts = ranks.gather((variant.index, variant.scores, variant.features))
-    names = dict.fromkeys(name for part in parts for name in part[1])
-    order = [i for part in parts for i in part[0]]
+def _merge(found: _Measured) -> _Measured:
+    """What all ranks found, by position in the source."""
+    parts = ranks.gather(found)
+    order = [i for part in parts for i in part.index]
     ranking = sorted(range(len(order)), key=order.__getitem__)
-    scores = {name: [torch.cat([values for part in parts for values in part[1].get(name, [])])[ranking]] for name in names}
-    features = [tensor for part in parts for tensor in part[2]]
-    return _Variant([order[i] for i in ranking], scores, [torch.cat(features)[ranking]] if features else [])
+    columns = ([tensor for part in parts for tensor in getattr(part, name)] for name in ("scores", "errors", "features"))
+    scores, errors, features = ([torch.cat(tensors)[ranking]] if tensors else [] for tensors in columns)
+    return _Measured([order[i] for i in ranking], scores, errors, features)
 
 
-def _gather_features(features: Sequence[Tensor]) -> Tensor:
-    """(N,F) of all ranks; their order does not matter to a Gaussian."""
-    return torch.cat([tensor for part in ranks.gather(list(features)) for tensor in part])
+def _tables(found: _Measured, strengths: Mapping[str, tuple[str, float]]) -> dict[str, Any]:
+    """The result of `measure_tolerance`: means over the images, None for what is infinite or was not measured."""
+    names = (*_ROWS, *strengths)
+    means = found.scores[0].mean(0).tolist()
+    values = {name: dict(zip(_IMAGE_METRICS, map(_finite_or_none, means[at]), strict=True)) for at, name in enumerate(names)}
+    rfid = dict.fromkeys(names) if not found.features or len(found.index) < 2 else _distances(found.features[0], names)
 
+    def point(name: str, noise: Any) -> dict[str, Any]:
+        return {"noise": noise, "rfid": rfid[name], **values[name]}
 
-def _summary(variant: _Variant, reference: Tensor | None) -> dict[str, float | None]:
-    """Means over the images; None for what is infinite or was not measured."""
-    values: dict[str, float | None] = {}
-    for name in (*CURVE_METRICS[1:], "latent_mse", "decoder_mse"):
-        mean = float(torch.cat(variant.scores[name]).mean())
-        values[name] = mean if math.isfinite(mean) else None
-    enough = reference is not None and len(variant.index) > 1
-    values["rfid"] = frechet_distance(gaussian_of(torch.cat(variant.features)), gaussian_of(reference)) if enough and reference is not None else None
-    return values
-
-
-def _tables(values: Mapping[str, dict[str, float | None]], strengths: Mapping[str, tuple[str, float]], images: int) -> dict[str, Any]:
-    """The result of `measure_tolerance`."""
-
-    def point(name: str, noise: float) -> dict[str, float | None]:
-        return {"noise": noise, **{metric: values[name][metric] for metric in CURVE_METRICS}}
-
-    def curve(kind: str) -> list[dict[str, float | None]] | None:
+    def curve(kind: str) -> list[dict[str, Any]] | None:
         points = [point(name, level) for name, (named, level) in strengths.items() if named == kind]
         return [point("vae", 0.0), *points] if points else None
 
-    marks: dict[str, Any] = {}
-    for row in ("quantized", "rectified"):
-        errors = {"isotropic": values[row]["latent_mse"], "decoder": values[row]["decoder_mse"]}
-        noise = {kind: math.sqrt(error or 0.0) for kind, error in errors.items()}
-        marks[row] = {"noise": noise, **{metric: values[row][metric] for metric in CURVE_METRICS}}
-    return {"images": images, "levels": list(LEVELS), "isotropic": curve("isotropic"), "decoder": curve("decoder"), "marks": marks}
+    sizes = found.errors[0].mean(0).sqrt().tolist()
+    marks = {row: point(row, dict(zip(_ERRORS, sizes[at], strict=True))) for at, row in enumerate(_MARKS)}
+    return {"images": len(found.index), "levels": list(LEVELS), "isotropic": curve("isotropic"), "decoder": curve("decoder"), "marks": marks}
+
+
+def _distances(features: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Frechet distance of every variant from the originals, of features (N,V+1,F)."""
+    reference = gaussian_of(features[:, -1])
+    return {name: frechet_distance(gaussian_of(features[:, at]), reference) for at, name in enumerate(names)}
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

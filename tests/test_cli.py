@@ -54,6 +54,7 @@ def test_every_setting_of_a_stage_is_an_option_with_the_same_default(command: st
     if command == "evaluate":
         no_download = options.pop("no_download")
         assert (no_download.default, EvaluateConfig.__dataclass_fields__["download"].default) == (False, True)
+        assert options.pop("no_tolerance").default is False
     fields = {field.name: field for field in dataclasses.fields(CONFIGS[command]) if field.name != "download"}
     assert set(options) == set(fields)
     for name, field in fields.items():
@@ -76,6 +77,12 @@ def test_wrong_usage_exits_with_2(revq_cli: Cli, arguments: tuple[str, ...]):
     done = revq_cli(*arguments, check=2)
     assert done.stdout == ""
     assert "Usage:" in done.stderr
+
+
+@pytest.mark.parametrize("images", ["4", "0"])
+def test_a_number_of_tolerance_images_and_none_at_all_exclude_each_other(revq_cli: Cli, images: str):
+    done = revq_cli("evaluate", "a", "b", "c", "--tolerance-images", images, "--no-tolerance", check=2)
+    assert "--tolerance-images / --no-tolerance: give one of the two" in done.stderr
 
 
 def test_epochs_and_steps_exclude_each_other(revq_cli: Cli):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from revq.cache.images import load_pixels
+from revq.cache.sources import open_source
 from revq.models.tokenizer import ReVQTokenizer
+from revq.models.vae import FrozenVAE
 from revq.stages.evaluate import EvaluateConfig, evaluate
-from revq.stages.events import run_quietly
-from revq.stages.tolerance import LEVELS
+from revq.stages.events import Begin, run_quietly
+from revq.stages.fit_codebooks import FitCodebooksConfig, fit_codebooks
+from revq.stages.tolerance import LEVELS, _noise
+from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +31,19 @@ def weighted_run(tmp_path_factory: pytest.TempPathFactory, small_run: Path) -> P
     folder = tmp_path_factory.mktemp("weighted") / "tokenizer"
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def decoder_run(tmp_path_factory: pytest.TempPathFactory, small_store: Path) -> Path:
+    """A tokenizer whose coordinates are those of the decoder's metric, which its axes carry; it has no rectifier."""
+    folder = tmp_path_factory.mktemp("decoder")
+    codebooks = {"tokens": 256, "codes": 32, "transform": "decoder", "calibration_samples": 32, "iterations": 3}
+    run_quietly(fit_codebooks(FitCodebooksConfig(store=str(small_store), out=str(folder / "codebooks"), **codebooks)))
+    training = {"steps": 0, "width": 0, "codebook_lr": 0.0}
+    run_quietly(
+        train_rectifier(TrainRectifierConfig(store=str(small_store), codebooks=str(folder / "codebooks"), out=str(folder / "run"), **training))
+    )
+    return folder / "run"
 
 
 def measure(tokenizer: Path, images: Path, out: Path, **settings: Any) -> dict[str, Any]:
@@ -62,6 +82,62 @@ def test_the_noise_depends_on_the_seed_and_not_on_the_batches(small_run: Path, i
     assert curves[2][1:] != pytest.approx(curves[0][1:], abs=1e-3)
 
 
+def test_noise_in_the_decoders_metric_is_white_in_the_coordinates_and_isotropic_noise_in_the_latents(decoder_run: Path) -> None:
+    tokenizer = ReVQTokenizer.from_pretrained(decoder_run / "tokenizer")
+    noise = {kind: raw / tokenizer.transform.std for kind, raw in _noise(tokenizer, range(16), seed=3).items()}
+    coordinates = {kind: tokenizer.transform.to_coordinates(standardised) for kind, standardised in noise.items()}
+    draws = torch.stack([torch.randn(tokenizer.latent_shape, generator=torch.Generator().manual_seed(3 * 1_000_003 + i)) for i in range(16)])
+    assert torch.allclose(noise["isotropic"], draws, atol=1e-5)
+    assert torch.allclose(coordinates["decoder"].flatten(1), draws.flatten(1), atol=1e-3)
+    # Where the picture hardly moves the noise is large; by the decoder's measure both kinds are of size 1.
+    assert float(noise["decoder"].square().mean()) > 2
+    assert float(coordinates["isotropic"].square().mean()) == pytest.approx(1, abs=0.1)
+
+
+def test_the_tokenizers_error_in_the_decoders_metric_is_that_of_its_coordinates(decoder_run: Path, imagenet_sample: Path, tmp_path: Path) -> None:
+    value = measure(decoder_run, imagenet_sample / "val", tmp_path / "out", limit=4, tolerance_images=4)
+    tokenizer, source = ReVQTokenizer.from_pretrained(decoder_run / "tokenizer"), open_source(imagenet_sample / "val")
+    images = torch.stack([torch.from_numpy(load_pixels(source.read(i), 64).array) for i in range(4)])
+    coordinates = tokenizer.transform(tokenizer.vae.encode(images / 127.5 - 1))
+    error = float((tokenizer.quantizer.decode(tokenizer.quantizer.encode(coordinates)) - coordinates).square().mean())
+    assert value["latent_error"]["quantized"]["decoder_mse"] == pytest.approx(error, rel=1e-4)
+    assert value["tolerance"]["marks"]["quantized"]["noise"]["decoder"] == pytest.approx(error**0.5, rel=1e-4)
+    assert value["tolerance"]["decoder"][1] != value["tolerance"]["isotropic"][1]
+    assert "tolerance" not in value["notes"]
+
+
+@pytest.mark.parametrize(("run", "images", "points"), [("weighted_run", 20, 4), ("small_run", 20, 6), ("decoder_run", 20, 2)])
+def test_the_curve_decodes_no_more_pictures_than_the_rows_unless_it_is_told_to(
+    run: str, images: int, points: int, request: pytest.FixtureRequest, imagenet_sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, task, decode = {"evaluate": 0, "tolerance": 0}, "", FrozenVAE.decode
+
+    def counted(self: FrozenVAE, latents: torch.Tensor) -> torch.Tensor:
+        decoded[task] += len(latents)
+        return decode(self, latents)
+
+    config = EvaluateConfig(
+        tokenizer=str(request.getfixturevalue(run)), images=str(imagenet_sample / "val"), out=str(tmp_path / "out"), limit=images, batch_size=images,
+        workers=2, download=False, device="cpu", cache="off",
+    )  # fmt: skip
+    events = evaluate(config)
+    for event in events:
+        if isinstance(event, Begin):
+            task = event.task
+            monkeypatch.setattr(FrozenVAE, "decode", counted)
+        if task == "tolerance" and not isinstance(event, Begin):
+            monkeypatch.undo()  # what comes now are the pictures of the report
+    rows = decoded["evaluate"] - 2 * 16  # the check of the round trip decodes its 16 images twice
+    assert event.value["tolerance"]["images"] == points  # type: ignore[union-attr]
+    assert rows == images * (2 if run == "decoder_run" else 3)
+    assert rows / 2 < decoded["tolerance"] <= rows
+
+
+def test_of_refined_tokens_the_points_are_those_of_the_rows(small_run: Path, imagenet_sample: Path, tmp_path: Path) -> None:
+    value = measure(small_run, imagenet_sample / "val", tmp_path / "out", limit=3, tolerance_images=3, refine=2)
+    assert value["tolerance"]["marks"]["quantized"]["psnr_db"] == pytest.approx(value["rows"]["quantized"]["psnr_db"], abs=1e-3)
+
+
 def test_without_a_decoder_metric_its_curve_is_missing_with_the_reason(small_run: Path, imagenet_sample: Path, tmp_path: Path) -> None:
     value = measure(small_run, imagenet_sample / "val", tmp_path / "out", tolerance_images=2)
     assert value["tolerance"]["images"] == 2
@@ -69,5 +145,9 @@ def test_without_a_decoder_metric_its_curve_is_missing_with_the_reason(small_run
     assert "no curve in the decoder's metric: the transform standardize" in value["notes"]["tolerance"]
 
 
-def test_it_can_be_switched_off(small_run: Path, imagenet_sample: Path, tmp_path: Path) -> None:
+def test_it_can_be_left_out(small_run: Path, imagenet_sample: Path, tmp_path: Path, revq_cli: Callable[..., Any]) -> None:
     assert measure(small_run, imagenet_sample / "val", tmp_path / "out", tolerance_images=0)["tolerance"] is None
+    options = ["--limit", 6, "--no-tolerance", "--no-download", "--device", "cpu", "--json"]
+    again = revq_cli("evaluate", small_run, imagenet_sample / "val", tmp_path / "out", *options)
+    assert "nothing to do" in again.stderr  # the same evaluation
+    assert json.loads(again.stdout)["tolerance"] is None
