@@ -59,7 +59,7 @@ class EvaluateConfig:
     inception_weights: str | None = None
     """torch-fidelity's Inception checkpoint; None means the torch hub cache, then a download."""
     batch_size: int = 64
-    """Images decoded at once; bounds the memory, does not change the numbers."""
+    """Images in a batch, on a GPU decoded at once; bounds the memory, does not change the numbers."""
     limit: int | None = None
     """Evaluate the first so many images; None means all."""
     tolerance_images: int | None = None
@@ -174,11 +174,12 @@ def _claim(out: Path, identity: dict[str, Any], weights: dict[str, FoundWeights]
 
 def _load_instruments(inputs: _Inputs) -> Instruments:
     device, paths = inputs.tokenizer.device, {name: found.path for name, found in inputs.weights.items()}
-    trunks: dict[str, Literal["alex", "vgg"]] = {"lpips_alex": "alex", "lpips_vgg": "vgg"}
-    return Instruments(
-        inception=Inception(paths["rfid"], device) if paths["rfid"] else None,
-        lpips={name: Lpips(trunk, path, device) for name, trunk in trunks.items() if (path := paths[name])},
-    )
+    trunks: dict[str, Literal["alex", "vgg"]] = {
+        "lpips_vgg": "vgg",
+        "lpips_alex": "alex",
+    }  # VGG's file needs a gigabyte while it is read: it comes first
+    lpips = {name: Lpips(trunk, path, device) for name, trunk in trunks.items() if (path := paths[name])}
+    return Instruments(inception=Inception(paths["rfid"], device) if paths["rfid"] else None, lpips=lpips)
 
 
 def _measure_all(inputs: _Inputs, instruments: Instruments, kept_in: Path | None) -> Generator[Event, None, Tally]:

@@ -25,14 +25,15 @@ from ..files import write_bytes
 FEATURES = 2048
 CLASSES = 1008
 _LPIPS_AT_ONCE = 16  # VGG's first features of 64 images of 256 px would be gigabytes
-_CPU_PIXELS_AT_ONCE = 16 * 128 * 128
-_INCEPTION_PX = 299
+_CPU_PIXELS_AT_ONCE = 8 * 128 * 128
+_INCEPTION_PX = 149  # the side of its largest activations
 
 
 def images_at_once(device: torch.device, side_px: int) -> int:
-    """How many pictures of that side go through a network together: on a GPU all that there are, on a CPU 16 of 128 px.
+    """How many pictures of that side go through a network together: on a GPU all that there are, on a CPU 8 of 128 px.
 
-    There more at once are no faster, and their activations fill gigabytes: 64 channels at full size are 256 bytes a pixel, in several copies.
+    There more at once are no faster (they leave the caches), and their activations fill gigabytes: 64 channels of float32 at full size are 256 bytes
+    a pixel, in several copies.
     """
     return max(1, _CPU_PIXELS_AT_ONCE // side_px**2) if device.type == "cpu" else 1 << 20
 

@@ -9,15 +9,20 @@ from pathlib import Path
 import pytest
 from random_weights import save_random_inception, save_random_vgg16
 
-# Each program prints the most memory it held, in MB, before its work and after it; what libraries alone take differs by half a gigabyte among builds.
+# Each program prints how much memory it held, in MB, before its work, and the most during it. What libraries alone take differs by half a gigabyte
+# among builds, and loading a network takes more than it does, so the bounds are of the difference.
 HEAD = """
-import resource, sys
+import sys
 from pathlib import Path
 
 import torch
 
-def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+def held_mb(kind):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind)) / 1000
+
+def begin_mb():
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    return held_mb("VmRSS")
 """
 EVALUATION = """
 from revq.models.tokenizer import TOKENIZER_KIND, ReVQTokenizer
@@ -34,17 +39,17 @@ tokenizer.save_pretrained(f"{folder}/tokenizer")
 settings = {"limit": 64, "batch_size": 64, "workers": 2, "download": False, "device": "cpu", "cache": "off"}
 for event in evaluate(EvaluateConfig(tokenizer=f"{folder}/tokenizer", images=images, out=f"{folder}/out", **settings)):
     if isinstance(event, Begin) and event.task == "evaluate":
-        before = peak_mb()
-print(before, peak_mb())
+        before = begin_mb()
+print(before, held_mb("VmHWM"))
 """
 INCEPTION = """
 from revq.stages.networks import Inception
 
 network = Inception(Path(sys.argv[1]), torch.device("cpu"))
 network.features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-before = peak_mb()
+before = begin_mb()
 network.features(torch.zeros(24, 3, 64, 64, dtype=torch.uint8))
-print(before, peak_mb())
+print(before, held_mb("VmHWM"))
 """
 LPIPS = """
 from revq.stages.metrics import score_images
@@ -53,19 +58,20 @@ from revq.stages.networks import Lpips
 network = Lpips("vgg", Path(sys.argv[1]), torch.device("cpu"))
 images = torch.zeros(24, 3, 256, 256, dtype=torch.uint8)
 score_images({"a": images[:1]}, images[:1], {"lpips_vgg": network})
-before = peak_mb()
+before = begin_mb()
 score_images({"a": images}, images, {})
 network.distances([images[:8]], images[:8])
-print(before, peak_mb())
+print(before, held_mb("VmHWM"))
 """
 
 
 def rise_mb(program: str, *arguments: object) -> float:
-    """How much higher the peak is after the work than before it."""
+    """How much more memory the work takes than was held before it."""
     done = subprocess.run([sys.executable, "-c", HEAD + program, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     before, after = map(float, done.stdout.split())
     assert 100 < before < after
+    print(f"from {before:.0f} to {after:.0f} MB")
     return after - before
 
 

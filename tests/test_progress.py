@@ -76,7 +76,7 @@ def test_a_slow_unit_is_told_in_seconds_each_and_nothing_is_told_before_the_firs
     meter = Meter(Begin(task="t", total=10, unit="codebooks"), now=0.0)
     assert (meter.rate(), meter.remaining_s()) == ("", None)
     meter.advance(Advance(done=1), now=90.0)
-    assert meter.rate() == "90.0 s each"
+    assert meter.rate() == "90.0 s each now"
     assert meter.remaining_s() == pytest.approx(810.0)
 
 

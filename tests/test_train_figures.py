@@ -25,7 +25,7 @@ TRAIN_LATENTS = 120
 
 def shown_at(step: int, events: list[Event]) -> dict[str, float]:
     """The figures that the progress line shows at a step."""
-    return next(dict(event.values) for event in events if isinstance(event, Advance) and event.done == step and "rectified" in event.values)
+    return next(dict(event.values) for event in events if isinstance(event, Advance) and event.done == step and "val_mse_rectified" in event.values)
 
 
 def test_losses_are_means_of_the_last_steps_codebooks_and_rectifier_apart(
@@ -38,7 +38,7 @@ def test_losses_are_means_of_the_last_steps_codebooks_and_rectifier_apart(
         shown = shown_at(last, events)
         assert shown["loss"] + shown["codebook_loss"] == pytest.approx(sum(taken[first : last + 1]) / (last + 1 - first), rel=1e-4)
         assert 0 < shown["loss"] < 2 * shown["codebook_loss"] < 4 * shown["loss"]  # a rectifier begins at the codebooks' error
-        assert 0 < shown["usage"] <= 1
+        assert 0 < shown["codebook_usage"] <= 1
         assert shown["images/s"] > 0
     metrics = metrics_of(tmp_path / "run")
     assert metrics["step"] == [0, 15, 25, 30, 45, 50, 60]
@@ -161,4 +161,4 @@ def test_previewed_db_are_those_of_the_pictures_of_both_latents(small_store: Pat
 
 def test_previewed_db_are_on_the_progress_line(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", steps=2, previews=2)))
-    assert shown_at(2, events)["preview_db"] == metrics_of(tmp_path / "run")["preview_rectified_db"][-1]
+    assert shown_at(2, events)["preview_rectified_db"] == metrics_of(tmp_path / "run")["preview_rectified_db"][-1]
