@@ -106,7 +106,7 @@ def test_the_tokenizers_error_in_the_decoders_metric_is_that_of_its_coordinates(
     assert "tolerance" not in value["notes"]
 
 
-@pytest.mark.parametrize(("run", "images", "points"), [("weighted_run", 20, 4), ("small_run", 20, 6), ("decoder_run", 20, 2)])
+@pytest.mark.parametrize(("run", "images", "points"), [("weighted_run", 20, 3), ("small_run", 20, 6), ("decoder_run", 20, 2)])
 def test_the_curve_decodes_no_more_pictures_than_the_rows_unless_it_is_told_to(
     run: str, images: int, points: int, request: pytest.FixtureRequest, imagenet_sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
