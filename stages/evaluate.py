@@ -174,10 +174,8 @@ def _claim(out: Path, identity: dict[str, Any], weights: dict[str, FoundWeights]
 
 def _load_instruments(inputs: _Inputs) -> Instruments:
     device, paths = inputs.tokenizer.device, {name: found.path for name, found in inputs.weights.items()}
-    trunks: dict[str, Literal["alex", "vgg"]] = {
-        "lpips_vgg": "vgg",
-        "lpips_alex": "alex",
-    }  # VGG's file needs a gigabyte while it is read: it comes first
+    # VGG takes a gigabyte while its file is read, more than all the rest: so it comes first.
+    trunks: dict[str, Literal["alex", "vgg"]] = {"lpips_vgg": "vgg", "lpips_alex": "alex"}
     lpips = {name: Lpips(trunk, path, device) for name, trunk in trunks.items() if (path := paths[name])}
     return Instruments(inception=Inception(paths["rfid"], device) if paths["rfid"] else None, lpips=lpips)
 

@@ -77,7 +77,7 @@ def rise_mb(program: str, *arguments: object) -> float:
 
 @pytest.mark.usefixtures("empty_torch_home")
 def test_a_batch_of_64_pictures_goes_through_the_decoder_in_parts(taef2: str, imagenet_sample: Path, tmp_path: Path) -> None:
-    assert rise_mb(EVALUATION, taef2, imagenet_sample / "val", tmp_path) < 450
+    assert rise_mb(EVALUATION, taef2, imagenet_sample / "val", tmp_path) < 650
 
 
 def test_inception_takes_a_few_pictures_at_once(tmp_path: Path) -> None:
