@@ -71,7 +71,9 @@ class LiveFigures:
         """
         newest, (step, _) = state.evaluations[-1], chosen_step(state, self._config.patience)
         chosen = next(row for row in state.evaluations if row["step"] == step)
-        shown = {name: chosen[name] for name in ("val_mse_quantized", "val_mse_rectified", "preview_rectified_db") if name in chosen}
+        shown: dict[str, float] = {
+            name: chosen[name] for name in ("val_mse_quantized", "val_mse_rectified", "preview_rectified_db") if name in chosen
+        }
         if chosen is not newest:
             shown["weights_of_step"] = step
         if self._config.codebook_lr > 0 and "codebook_usage" in newest:
