@@ -38,7 +38,7 @@ def config(store: Path, out: Path, **changes: object) -> FitCodebooksConfig:
 def stop_after_first_block(settings: FitCodebooksConfig) -> None:
     stopped = fit_codebooks(settings)
     for event in stopped:
-        if isinstance(event, Advance) and "mse" in event.values:
+        if isinstance(event, Advance) and "coordinate_mse" in event.values:
             stopped.close()  # type: ignore[attr-defined]
             return
     raise AssertionError("no block was fitted")
