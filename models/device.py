@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from ..errors import ConfigError
@@ -44,3 +46,9 @@ def bf16_is_fast(device: torch.device) -> bool:
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Products in the dtype of their operands, also within `torch.autocast`: coordinates in bfloat16 would find other codes."""
+    there = torch.amp.is_autocast_available(device.type)  # not so on the meta device
+    return torch.autocast(device.type, enabled=False) if there and torch.is_autocast_enabled(device.type) else nullcontext()
