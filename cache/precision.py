@@ -1,8 +1,8 @@
 """Whether a dtype keeps latents apart: its rounding error beside the deviation of each channel.
 
-float16 has 11 bits: latents of 1000 plus or minus a little all become 1000, without a word, and so do all codes that are fitted on them. Every position
-is standardised by its own mean and deviation later, so what counts is how much a position varies over the rows; a channel's deviation is the root
-mean square of that over its positions.
+float16 has 11 bits: latents of 1000 plus or minus a little all become 1000, without a word, and so do all codes that are fitted on them.
+Every position is standardised by its own mean and deviation later, so what counts is how much a position varies over the rows; a channel's
+deviation is the root mean square of that over its positions.
 
 Shapes: B rows; C,H,W latent channels, rows, columns.
 """
@@ -19,8 +19,8 @@ from ..errors import StoreError
 TOLERATED_LOSS = 0.01
 ENOUGH_ROWS = 1024
 """So many tell a deviation to a few percent, and are read in no time."""
-# A channel is constant, and so loses nothing, where it varies by a millionth of what another one does (fit-codebooks leaves such positions at their mean)
-# or by no more than the last bits in which the same image comes out of the encoder in another batch.
+# A channel is constant, and so loses nothing, where it varies by a millionth of what another one does (fit-codebooks leaves such positions at
+# their mean), or by no more than the last bits in which the same image comes out of the encoder in another batch.
 _CONSTANT_BESIDE_OTHERS = 1e-6
 _CONSTANT_BESIDE_ITSELF = 6 * float(np.finfo(np.float32).eps)
 
@@ -37,7 +37,10 @@ class Loss:
     """Root mean square rounding error over the deviation."""
 
     def __str__(self) -> str:
-        return f"channel {self.channel} of the latents, {self.offset:.4g} with a deviation of {self.deviation:.2g}: rounding is {self.share:.2g} of it"
+        return (
+            f"channel {self.channel} of the latents, {self.offset:.4g} with a deviation of {self.deviation:.2g}: "
+            f"rounding takes {self.share:.2g} times that deviation, more than {TOLERATED_LOSS}"
+        )
 
 
 class RoundingTally:
@@ -97,11 +100,11 @@ class RoundingTally:
         loss, computed = self.worst(), self.worst(computed=True)
         if computed and computed.share > TOLERATED_LOSS:
             raise StoreError(
-                f"float32 itself does not resolve {computed}, more than {TOLERATED_LOSS}; use a VAE without that offset "
+                f"float32 itself does not resolve {computed}; use a VAE without that offset "
                 "(a plug-in that leaves it out of the encoder's last bias, --vae FILE.py:FACTORY)"
             )
         if loss and loss.share > TOLERATED_LOSS:
-            raise StoreError(f"{dtype} does not resolve {loss}, more than {TOLERATED_LOSS}; encode with --dtype float32 (and --overwrite)")
+            raise StoreError(f"{dtype} does not resolve {loss}; encode with --dtype float32 (and --overwrite)")
 
 
 def _by_channel(squares: NDArray[np.float64]) -> NDArray[np.float64]:

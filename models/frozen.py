@@ -14,8 +14,8 @@ from ..errors import RevqError
 class FrozenModule(nn.Module):
     """A module that is loaded, moved and used, but never trained.
 
-    Its weights are never inference tensors, even where it is made, moved, copied or unpickled under `torch.inference_mode()`: those could not take part
-    in a gradient afterwards, as in refining tokens. A subclass ends its `__init__` with `self.settle()`.
+    Its weights are never inference tensors, even where it is made, moved, copied or unpickled under `torch.inference_mode()`: those could not
+    take part in a gradient afterwards, as in refining tokens. A subclass ends its `__init__` with `self.settle()`.
     """
 
     error: ClassVar[type[RevqError]] = RevqError
@@ -37,7 +37,7 @@ class FrozenModule(nn.Module):
             return super()._apply(fn, recurse)
 
     def settle(self) -> None:
-        """Make all weights float32, whatever torch's default dtype was, and ordinary tensors."""
+        """Go to evaluation mode, with all weights in float32, whatever torch's default dtype was, and ordinary tensors."""
         with torch.inference_mode(False):
             for module in self.modules():
                 # Replaced, not given other data: a parameter that was made in inference mode never gets a version.
@@ -47,7 +47,7 @@ class FrozenModule(nn.Module):
                 for name, buffer in module._buffers.items():
                     if buffer is not None and buffer.is_inference():
                         module._buffers[name] = buffer.clone()
-        self.float()
+        self.eval().float()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The end of a copy or of unpickling."""

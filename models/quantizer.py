@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .device import without_autocast
+from .device import exact_products
 from .nearest import NearestCodes, _exact_type
 
 
@@ -27,7 +27,7 @@ class MultiGroupQuantizer(nn.Module):
     def encode(self, coordinates: Tensor) -> Tensor:
         """coordinates (B,T,D) -> indices (B,T) int64 of the nearest codes; the search structure is kept, and follows the codes.
 
-        In float32, also under autocast.
+        In float32's own products, also under autocast.
 
         Raises:
             MismatchError: T or D is not that of the codebooks.
@@ -36,7 +36,7 @@ class MultiGroupQuantizer(nn.Module):
         # What says that nothing has changed: the same memory at the same version. Inference tensors have none, and a fused optimizer counts none up.
         known = not (self.training or self.codebooks.is_inference())
         present = (codes.data_ptr(), self.codebooks._version) if known else None
-        with without_autocast(codes.device):
+        with exact_products(codes.device):
             if self._search is None or (self._search.codebooks.device, self._search.codebooks.shape) != (codes.device, codes.shape):
                 self._search = NearestCodes(codes)
             elif present is None or present != self._searched:

@@ -40,9 +40,9 @@ class ReVQTokenizer(FrozenModule, PyTorchModelHubMixin):
         indices = tokenizer.encode(images)     # (B,3,S,S) in [-1,1] -> (B,T) int64
         images = tokenizer.decode(indices)     # (B,T) -> (B,3,S,S) in [-1,1]
 
-    The VAE is loaded at first use, and must have the fingerprint that the tokenizer was trained with. Its weights are not among the tokenizer's, but it goes
-    where the tokenizer goes. Everything stays in float32 (`half()` is refused) and in evaluation mode; under `torch.autocast` VAE and rectifier compute
-    in the lower precision, the coordinates and the search for their codes do not.
+    The VAE is loaded at first use, and must have the fingerprint that the tokenizer was trained with. Its weights are not among the tokenizer's,
+    but it goes where the tokenizer goes. Everything stays in float32 (`half()` is refused) and in evaluation mode. Under `torch.autocast` VAE and
+    rectifier compute in the lower precision; the coordinates and the search for their codes do not.
     """
 
     error = TokenizerError
@@ -67,7 +67,7 @@ class ReVQTokenizer(FrozenModule, PyTorchModelHubMixin):
         self._vae: list[FrozenVAE] = []  # in a list, so that its weights are not among this module's
         self._vae_given = False
         self._vae_spec: str | None = None
-        self.requires_grad_(False).eval()
+        self.requires_grad_(False)
         self.settle()
 
     @classmethod

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CodebookError
-from .device import without_autocast
+from .device import exact_products
 
 KINDS = ("decoder", "pca", "standardize")
 MAX_DENSE_POSITIONS = 4096
@@ -88,7 +88,7 @@ class LatentTransform(nn.Module):
     def to_coordinates(self, standardised: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Standardised latents (B,C,H,W) -> coordinates (B,T,D), or (B,last-first,D) of those tokens alone; `last` None means T.
 
-        In float32, also under autocast, as is the way back.
+        Its products are float32's own, also under autocast, as are those of the way back.
         """
         last = self.tokens if last is None else last
         dims = self.mean.numel() // self.tokens
@@ -101,7 +101,7 @@ class LatentTransform(nn.Module):
         parts = []
         for block in range(first // each, math.ceil(last / each)):
             rows = slice(max(0, first - block * each) * dims, min(each, last - block * each) * dims)
-            with without_autocast(axes.device):
+            with exact_products(axes.device):
                 parts.append(blocks[:, block] @ axes[block, rows].T)
         return torch.cat(parts, 1).unflatten(1, (last - first, dims))
 
@@ -112,7 +112,7 @@ class LatentTransform(nn.Module):
         assert self.block is not None
         back = _by_block(self.axes).mT if self.inverse_axes is None else _by_block(self.inverse_axes)
         flat = coordinates.flatten(1).unflatten(1, back.shape[:2])
-        with without_autocast(back.device):
+        with exact_products(back.device):
             blocks = torch.stack([flat[:, block] @ matrix.T for block, matrix in enumerate(back)], 1)
         return join_blocks(blocks, self.block, self.mean.shape) / self.scale
 

@@ -101,7 +101,7 @@ def _what_rounding_took(rounding: RoundingTally, split: LatentSplit) -> Iterator
     dtype, loss = split.latents.dtype, rounding.worst()
     mend = f"{_again(split)} --dtype float32" if dtype == np.float16 else "use a VAE without that offset"
     if loss and loss.share > TOLERATED_LOSS:
-        yield f"{dtype} does not resolve {loss}, more than {TOLERATED_LOSS}; {mend}"
+        yield f"{dtype} does not resolve {loss}; {mend}"
     if dtype == np.float16 and (channels := rounding.one_valued()):
         names = ", ".join(map(str, channels[:5])) + (", ..." if len(channels) > 5 else "")
         yield f"every row is the same in channel {names}: it never varied, or float16 has rounded it off; if it should vary, {mend}"

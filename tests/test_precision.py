@@ -133,7 +133,9 @@ def test_one_row_says_nothing() -> None:
 def test_latents_that_float16_cannot_tell_apart_are_refused_before_one_is_written(
     factory: str, channel: str, config: Callable[..., EncodeLatentsConfig], tmp_path: Path
 ) -> None:
-    with pytest.raises(StoreError, match=rf"^float16 does not resolve channel {channel} of the latents, .*more than 0.01; encode with --dtype float32"):
+    with pytest.raises(
+        StoreError, match=rf"^float16 does not resolve channel {channel} of the latents, .*more than 0.01; encode with --dtype float32"
+    ):
         run_quietly(encode_latents(config(factory)))
     assert list((tmp_path / "s").glob("train/latents/c/*")) == []
 
@@ -157,9 +159,7 @@ def test_what_even_float32_cannot_tell_apart_is_not_sent_to_float32(config: Call
 
 
 @pytest.mark.parametrize("factory", ["load", "load_large_and_far"])
-def test_latents_of_any_size_that_float16_does_tell_apart_are_taken(
-    factory: str, config: Callable[..., EncodeLatentsConfig], tmp_path: Path
-) -> None:
+def test_latents_of_any_size_that_float16_does_tell_apart_are_taken(factory: str, config: Callable[..., EncodeLatentsConfig], tmp_path: Path) -> None:
     run_quietly(encode_latents(config(factory)))
     assert warnings_of(info(str(tmp_path / "s"), verify=True)) == []
 
@@ -191,7 +191,10 @@ def store_of(latents: NDArray[Any], path: Path) -> Path:
     plan = SplitPlan(name="train", images=len(latents), views=1, seed=0, source="made", order_sha256="", chunk_rows=50, shard_rows=100)
     writer = SplitWriter(path, encoding, plan)
     for shard in writer.todo:
-        rows = [ManifestRow(row=row, view=0, status=OK, source="made", key=str(row), label=0, class_name="", sha256="") for row in range(shard.start, shard.stop)]
+        rows = [
+            ManifestRow(row=row, view=0, status=OK, source="made", key=str(row), label=0, class_name="", sha256="")
+            for row in range(shard.start, shard.stop)
+        ]
         writer.write_shard(shard, latents[shard.start : shard.stop], rows)
     writer.finish()
     return path
@@ -200,7 +203,9 @@ def store_of(latents: NDArray[Any], path: Path) -> Path:
 def test_verify_names_what_float16_took_and_verifies_all_the_same(tmp_path: Path) -> None:
     events = list(info(str(store_of(truth(300, offset=1000.0, deviation=0.5).astype(np.float16), tmp_path / "s")), verify=True))
     (warning,) = warnings_of(iter(events))
-    assert re.search(r'split "train" of .*: float16 does not resolve channel 1 of the latents, 1000 .*--split train --overwrite --dtype float32', warning)
+    assert re.search(
+        r'split "train" of .*: float16 does not resolve channel 1 of the latents, 1000 .*--split train --overwrite --dtype float32', warning
+    )
     assert events[-1].value["verified"] is True
 
 

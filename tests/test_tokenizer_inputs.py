@@ -81,13 +81,13 @@ def test_an_empty_batch_gives_empty_results(tokenizer: ReVQTokenizer, images: Te
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_a_picture_that_is_not_finite_is_named_and_gets_no_token(
-    value: float, dtype: torch.dtype, tokenizer: ReVQTokenizer, images: Tensor
-) -> None:
+def test_a_picture_that_is_not_finite_is_named_and_gets_no_token(value: float, dtype: torch.dtype, tokenizer: ReVQTokenizer, images: Tensor) -> None:
     spoiled = images.to(dtype, copy=True)
     spoiled[2, 1, 5, 5] = value
     for refine in (0, 1):
-        assert refusal(lambda given, steps: tokenizer.encode(given, refine=steps), spoiled, refine).startswith("image 2 of the batch holds values that are not")
+        assert refusal(lambda given, steps: tokenizer.encode(given, refine=steps), spoiled, refine).startswith(
+            "image 2 of the batch holds values that are not"
+        )
     assert "image 2" in refusal(tokenizer.reconstruct, spoiled)
     latents = tokenizer.vae.encode(images).to(dtype)
     latents[1, 0, 0, 0] = value
@@ -183,7 +183,20 @@ def test_indices_of_any_integer_type_give_the_same_picture(dtype: torch.dtype, t
         (lambda indices: indices.tolist(), ["torch.Tensor", "list"]),
         (lambda indices: indices.to("meta"), ["indices", "meta device"]),
     ],
-    ids=["negative", "K", "uint8 beyond K", "array", "uint64 beyond int64", "float", "bool", "fewer tokens", "one image", "three axes", "list", "meta"],
+    ids=[
+        "negative",
+        "K",
+        "uint8 beyond K",
+        "array",
+        "uint64 beyond int64",
+        "float",
+        "bool",
+        "fewer tokens",
+        "one image",
+        "three axes",
+        "list",
+        "meta",
+    ],
 )
 def test_what_is_no_batch_of_indices_is_refused(make: Callable[[Tensor], Any], words: list[str], tokenizer: ReVQTokenizer, images: Tensor) -> None:
     given = make(tokenizer.encode(images))
