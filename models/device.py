@@ -69,8 +69,9 @@ class _FloatProducts:
         self._lock = threading.Lock()
         self._inside = 0
         self._before: list[str] = []
-        new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since torch 2.9, whose getters refuse a mixture of new and old
-        self._places: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if new else []
+        backends: Any = torch.backends
+        new = hasattr(backends.cuda.matmul, "fp32_precision")  # since torch 2.9, whose getters refuse a mixture of new and old
+        self._places = [backends.cuda.matmul, backends.mkldnn.matmul] if new else []
 
     def __enter__(self) -> None:
         with self._lock:

@@ -99,9 +99,9 @@ class LatentTransform(nn.Module):
         blocks, axes = cut_into_blocks(scaled, self.block), _by_block(self.axes)
         each = self.tokens // len(axes)
         parts = []
-        for block in range(first // each, math.ceil(last / each)):
-            rows = slice(max(0, first - block * each) * dims, min(each, last - block * each) * dims)
-            with exact_products(axes.device):
+        with exact_products(axes.device):
+            for block in range(first // each, math.ceil(last / each)):
+                rows = slice(max(0, first - block * each) * dims, min(each, last - block * each) * dims)
                 parts.append(blocks[:, block] @ axes[block, rows].T)
         return torch.cat(parts, 1).unflatten(1, (last - first, dims))
 
