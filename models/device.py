@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
 import torch
 
 from ..errors import ConfigError
@@ -44,3 +49,48 @@ def bf16_is_fast(device: torch.device) -> bool:
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Products of float32 in float32, also within `torch.autocast` and after `torch.set_float32_matmul_precision("high" or "medium")`.
+
+    Coordinates in bfloat16 or TF32 would find other codes, and an exact search of codes reckons with the rounding of float32.
+    """
+    there = torch.amp.is_autocast_available(device.type)  # not so on the meta device
+    with torch.autocast(device.type, enabled=False) if there and torch.is_autocast_enabled(device.type) else nullcontext(), _IEEE:
+        yield
+
+
+class _FloatProducts:
+    """Sets torch's precision of products for the whole process to float32's own, as long as any thread is inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: list[str] = []
+        backends: Any = torch.backends
+        new = hasattr(backends.cuda.matmul, "fp32_precision")  # since torch 2.9, whose getters refuse a mixture of new and old
+        self._places = [backends.cuda.matmul, backends.mkldnn.matmul] if new else []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before = [place.fp32_precision for place in self._places] or [torch.get_float32_matmul_precision()]
+                self._set(["ieee"] * len(self._places) or ["highest"])
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._set(self._before)
+
+    def _set(self, precisions: list[str]) -> None:
+        if not self._places:
+            torch.set_float32_matmul_precision(precisions[0])
+        for place, precision in zip(self._places, precisions, strict=False):
+            place.fp32_precision = precision
+
+
+_IEEE = _FloatProducts()

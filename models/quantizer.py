@@ -5,9 +5,12 @@ Shapes: B batch, T tokens, D dims per token, K codes per codebook.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from .device import exact_products
 from .nearest import NearestCodes, _exact_type
 
 
@@ -19,22 +22,31 @@ class MultiGroupQuantizer(nn.Module):
         super().__init__()
         self.codebooks = nn.Parameter(codebooks.float())
         self._search: NearestCodes | None = None
-        self._searched: tuple[int, torch.device] | None = None
+        self._searched: tuple[int, int] | None = None
 
     def encode(self, coordinates: Tensor) -> Tensor:
         """coordinates (B,T,D) -> indices (B,T) int64 of the nearest codes; the search structure is kept, and follows the codes.
+
+        In float32's own products, also under autocast.
 
         Raises:
             MismatchError: T or D is not that of the codebooks.
         """
         codes = self.codebooks.data
-        present = (self.codebooks._version, codes.device)
-        if self._search is None or self._search.codebooks.device != codes.device:
-            self._search = NearestCodes(codes)
-        elif self.training or present != self._searched:  # a fused optimizer moves codes without counting up their version
-            self._search.move(codes)
-        self._searched = present
-        return self._search.query(coordinates.transpose(0, 1)).T
+        # What says that nothing has changed: the same memory at the same version. Inference tensors have none, and a fused optimizer counts none up.
+        known = not (self.training or self.codebooks.is_inference())
+        present = (codes.data_ptr(), self.codebooks._version) if known else None
+        with exact_products(codes.device):
+            if self._search is None or (self._search.codebooks.device, self._search.codebooks.shape) != (codes.device, codes.shape):
+                self._search = NearestCodes(codes)
+            elif present is None or present != self._searched:
+                self._search.move(codes)
+            self._searched = present
+            return self._search.query(coordinates.transpose(0, 1)).T
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles go without the search structure: a copy's codes count their versions anew."""
+        return {**self.__dict__, "_search": None, "_searched": None}
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices (B,T) in [0,K) -> coordinates (B,T,D); differentiable in the codebooks."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _IMAGES = 8  # at once: a decoder's activations are large
 
 
+@torch.inference_mode(False)  # the gradient needs tensors of its own, whatever mode the caller is in
+@torch.no_grad()
 def refine_tokens(tokenizer: ReVQTokenizer, images: Tensor, coordinates: Tensor, steps: int) -> Tensor:
     """The best tokens met on a walk of `steps` steps from the encoder's coordinates.
 
@@ -58,8 +60,8 @@ def _refine(tokenizer: ReVQTokenizer, images: Tensor, coordinates: Tensor, steps
 
 def _error_and_gradient(tokenizer: ReVQTokenizer, images: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squared error (B,) of each image's pixels, and its gradient (B,T,D) in the quantized coordinates."""
+    quantized = tokenizer.quantizer.decode(indices).requires_grad_()
     with torch.enable_grad():
-        quantized = tokenizer.quantizer.decode(indices).detach().requires_grad_()
         errors = (tokenizer.vae.decode(tokenizer.latents_of(quantized)) - images).square().mean((1, 2, 3))
         (gradient,) = torch.autograd.grad(errors.sum(), quantized)
     return errors.detach(), gradient

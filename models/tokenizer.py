@@ -9,16 +9,19 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import TokenizerError
 from ..files import write_bytes, write_json
+from .frozen import FrozenModule
+from .inputs import checked_images, checked_indices, checked_latents
 from .quantizer import MultiGroupQuantizer
 from .rectifier import Rectifier
 from .refine import refine_tokens
@@ -30,15 +33,19 @@ FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
 
 
-class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
+class ReVQTokenizer(FrozenModule, PyTorchModelHubMixin):
     """Images to token indices and back.
 
         tokenizer = ReVQTokenizer.from_pretrained("runs/mine/tokenizer")
         indices = tokenizer.encode(images)     # (B,3,S,S) in [-1,1] -> (B,T) int64
         images = tokenizer.decode(indices)     # (B,T) -> (B,3,S,S) in [-1,1]
 
-    The VAE is loaded at first use, and must have the fingerprint that the tokenizer was trained with.
+    The VAE is loaded at first use, and must have the fingerprint that the tokenizer was trained with. Its weights are not among the tokenizer's,
+    but it goes where the tokenizer goes. Everything stays in float32 (`half()` is refused) and in evaluation mode. Under `torch.autocast` VAE and
+    rectifier compute in the lower precision; the coordinates and the search for their codes do not.
     """
+
+    error = TokenizerError
 
     def __init__(self, config: dict[str, Any]) -> None:
         """Build the modules that `config` (the content of config.json) describes; weights come from `load_state_dict`.
@@ -58,8 +65,10 @@ class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
         self.rectifier = Rectifier(**config["rectifier"]) if config["rectifier"] else None
         self.vae_identity: dict[str, Any] = config["vae"]
         self._vae: list[FrozenVAE] = []  # in a list, so that its weights are not among this module's
+        self._vae_given = False
         self._vae_spec: str | None = None
-        self.requires_grad_(False).eval()
+        self.requires_grad_(False)
+        self.settle()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -86,7 +95,7 @@ class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
         tokenizer.to(device)
         if isinstance(vae, FrozenVAE):
             vae.require(tokenizer.vae_identity)
-            tokenizer._vae = [vae.to(device)]
+            tokenizer._vae, tokenizer._vae_given = [vae.to(device)], True
         else:
             tokenizer._vae_spec = vae
         return tokenizer
@@ -144,17 +153,42 @@ class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
         """
         if not self._vae:
             self._vae = [FrozenVAE.load_recorded(self.vae_identity, spec=self._vae_spec, device=self.device)]
+        if self._vae[0].device != self.device:  # another tokenizer that shares it took it along
+            self._vae[0].to(self.device)
         return self._vae[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        for vae in self._vae:
+            vae._apply(fn, recurse)
+        return self
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
+        """As torch's, without the VAE, whose weights no state dict would fill again: it is loaded anew at its next use."""
+        self._vae, self._vae_given = [], False
+        return super().to_empty(device=device, recurse=recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles go without a VAE that can be loaded by its name again; a plug-in's classes do not exist in a worker process."""
+        return self.__dict__ if self._vae_given else {**self.__dict__, "_vae": []}
 
     @torch.no_grad()
     def encode_latents(self, latents: Tensor) -> Tensor:
-        """Raw latents (B,C,H,W) -> indices (B,T) int64 in [0,K)."""
-        return self.quantizer.encode(self.transform(latents.float()))
+        """Raw latents (B,C,H,W) -> indices (B,T) int64 in [0,K).
+
+        Raises:
+            TokenizerError: the latents are of another shape, or not finite.
+        """
+        return self.quantizer.encode(self.transform(checked_latents(latents, self.latent_shape, self.device)))
 
     @torch.no_grad()
     def decode_latents(self, indices: Tensor, *, rectify: bool = True) -> Tensor:
-        """indices (B,T) -> raw latents (B,C,H,W); `rectify=False` leaves out the rectifier."""
-        return self.latents_of(self.quantizer.decode(indices), rectify=rectify)
+        """indices (B,T) of any integer type -> raw latents (B,C,H,W); `rectify=False` leaves out the rectifier.
+
+        Raises:
+            TokenizerError: the indices have another shape, or are out of range.
+        """
+        return self.latents_of(self.quantizer.decode(checked_indices(indices, self.tokens, self.codes, self.device)), rectify=rectify)
 
     def latents_of(self, quantized: Tensor, *, rectify: bool = True) -> Tensor:
         """Quantized coordinates (B,T,D) -> raw latents (B,C,H,W); differentiable in the coordinates."""
@@ -165,39 +199,33 @@ class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, refine: int = 0) -> Tensor:
-        """Images (B,3,S,S) in [-1,1] -> indices (B,T) int64.
+        """Images (B,3,S,S), floats in [-1,1] or uint8 in 0..255 -> indices (B,T) int64.
 
         Args:
             refine: steps of a search for the tokens whose decoded picture is nearest to the image (`models/refine.py`): more decibels at the same
                 bits, for as many passes through the decoder and back. 0 takes the codes nearest to the encoder's latent.
 
         Raises:
-            TokenizerError: the images have another shape.
+            TokenizerError: the images have another shape, type or range, or they or their latents are not finite.
         """
-        expected = (3, self.image_size, self.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise TokenizerError(
-                f"expected images of shape (B,{','.join(map(str, expected))}) in [-1,1], found {tuple(images.shape)}; resize and crop them first"
-            )
-        images = images.to(self.device)
-        latents = self.vae.encode(images)
-        return refine_tokens(self, images, self.transform(latents.float()), refine) if refine else self.encode_latents(latents)
+        images = checked_images(images, self.image_size, self.device)
+        if len(images) == 0:  # not every VAE takes a batch of none
+            return torch.empty(0, self.tokens, dtype=torch.int64, device=self.device)
+        latents = checked_latents(self.vae.encode(images), self.latent_shape, self.device)
+        return refine_tokens(self, images, self.transform(latents), refine)
 
     @torch.no_grad()
     def decode(self, indices: Tensor, *, rectify: bool = True) -> Tensor:
-        """indices (B,T) -> images (B,3,S,S) in [-1,1].
+        """indices (B,T) of any integer type -> images (B,3,S,S) in [-1,1].
 
         Raises:
             TokenizerError: the indices have another shape, or are out of range.
         """
-        if indices.ndim != 2 or indices.shape[1] != self.tokens or indices.is_floating_point():
-            raise TokenizerError(f"expected integer indices of shape (B,{self.tokens}), found {tuple(indices.shape)} {indices.dtype}")
-        if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= self.codes):
-            raise TokenizerError(f"expected indices in [0,{self.codes}), found {int(indices.min())} to {int(indices.max())}")
-        return self.vae.decode(self.decode_latents(indices.to(self.device), rectify=rectify))
+        latents = self.decode_latents(indices, rectify=rectify)
+        return self.vae.decode(latents) if len(latents) else latents.new_empty(0, 3, self.image_size, self.image_size)
 
     def reconstruct(self, images: Tensor, *, rectify: bool = True, refine: int = 0) -> Tensor:
-        """Images (B,3,S,S) in [-1,1] -> the images that their tokens decode to."""
+        """Images (B,3,S,S), as `encode` takes them -> the images (B,3,S,S) in [-1,1] that their tokens decode to."""
         return self.decode(self.encode(images, refine=refine), rectify=rectify)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CodebookError
+from .device import exact_products
 
 KINDS = ("decoder", "pca", "standardize")
 MAX_DENSE_POSITIONS = 4096
@@ -85,7 +86,10 @@ class LatentTransform(nn.Module):
         return standardised * self.std + self.mean
 
     def to_coordinates(self, standardised: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-        """Standardised latents (B,C,H,W) -> coordinates (B,T,D), or (B,last-first,D) of those tokens alone; `last` None means T."""
+        """Standardised latents (B,C,H,W) -> coordinates (B,T,D), or (B,last-first,D) of those tokens alone; `last` None means T.
+
+        Its products are float32's own, also under autocast, as are those of the way back.
+        """
         last = self.tokens if last is None else last
         dims = self.mean.numel() // self.tokens
         scaled = standardised * self.scale
@@ -95,9 +99,10 @@ class LatentTransform(nn.Module):
         blocks, axes = cut_into_blocks(scaled, self.block), _by_block(self.axes)
         each = self.tokens // len(axes)
         parts = []
-        for block in range(first // each, math.ceil(last / each)):
-            rows = slice(max(0, first - block * each) * dims, min(each, last - block * each) * dims)
-            parts.append(blocks[:, block] @ axes[block, rows].T)
+        with exact_products(axes.device):
+            for block in range(first // each, math.ceil(last / each)):
+                rows = slice(max(0, first - block * each) * dims, min(each, last - block * each) * dims)
+                parts.append(blocks[:, block] @ axes[block, rows].T)
         return torch.cat(parts, 1).unflatten(1, (last - first, dims))
 
     def from_coordinates(self, coordinates: Tensor) -> Tensor:
@@ -107,7 +112,8 @@ class LatentTransform(nn.Module):
         assert self.block is not None
         back = _by_block(self.axes).mT if self.inverse_axes is None else _by_block(self.inverse_axes)
         flat = coordinates.flatten(1).unflatten(1, back.shape[:2])
-        blocks = torch.stack([flat[:, block] @ matrix.T for block, matrix in enumerate(back)], 1)
+        with exact_products(back.device):
+            blocks = torch.stack([flat[:, block] @ matrix.T for block, matrix in enumerate(back)], 1)
         return join_blocks(blocks, self.block, self.mean.shape) / self.scale
 
     def forward(self, latents: Tensor) -> Tensor:

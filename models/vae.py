@@ -10,6 +10,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,20 @@ from torch import Tensor, nn
 
 from ..errors import MismatchError, VAEError
 from ..files import sha256_file, sha256_json
+from .frozen import FrozenModule
 
 EMBEDDED_VAE = "revq-tiny-f8c8"
 _OFFLINE_HINT = "pass --vae a local folder in diffusers' format, FILE.py:FACTORY, or the embedded " + EMBEDDED_VAE
 
 
-class FrozenVAE(nn.Module):
+class FrozenVAE(FrozenModule):
     """A pre-trained image autoencoder in evaluation mode whose weights never change.
 
     Made by `FrozenVAE.load`. Images are (B,3,S,S) float32 in [-1,1]; latents are (B,C,H,W) float32, raw: not scaled, not normalised.
+    `to(device)` moves it; another dtype is refused with a VAEError.
     """
+
+    error = VAEError
 
     def __init__(self, network: nn.Module, *, vae_id: str, revision: str | None, config_sha256: str) -> None:
         """Wrap a loaded `network` that has `encode` and `decode`, diffusers' or a plug-in's.
@@ -44,6 +49,7 @@ class FrozenVAE(nn.Module):
         self.class_name = type(network).__name__
         self.config_sha256 = config_sha256
         self.weights_sha256 = _weights_sha256(self.network)
+        self.settle()
 
     @classmethod
     def load(cls, spec: str, *, device: str | torch.device = "cpu", revision: str | None = None) -> FrozenVAE:
@@ -100,7 +106,7 @@ class FrozenVAE(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are; the CPU for a network without weights."""
-        return next((tensor.device for tensor in self.network.parameters()), torch.device("cpu"))
+        return next((tensor.device for tensor in chain(self.network.parameters(), self.network.buffers())), torch.device("cpu"))
 
     def identity(self) -> dict[str, Any]:
         """JSON values that name this VAE: id, class_name, revision, config_sha256, weights_sha256, fingerprint."""
@@ -115,8 +121,14 @@ class FrozenVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """images (B,3,S,S) in [-1,1] -> latents (B,C,H,W) float32; a posterior gives its mode, so the same image gives the same latent."""
-        output: Any = self.network.encode(images)  # type: ignore[operator]
+        """images (B,3,S,S) of any float type in [-1,1] -> latents (B,C,H,W) float32; a posterior gives its mode, so an image has one latent.
+
+        Raises:
+            VAEError: the images are of an integer type, whose range is another one.
+        """
+        if not images.is_floating_point():
+            raise VAEError(f"expected float images in [-1,1], found {images.dtype}; images.float() / 127.5 - 1 makes them of 0 to 255")
+        output: Any = self.network.encode(images.float())  # type: ignore[operator]
         if hasattr(output, "latent_dist"):
             output = output.latent_dist.mode()
         elif not isinstance(output, Tensor):
@@ -125,7 +137,7 @@ class FrozenVAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents (B,C,H,W) -> images (B,3,S,S) float32 clamped to [-1,1]; differentiable in the latents where gradients are on."""
-        output: Any = self.network.decode(latents)  # type: ignore[operator]
+        output: Any = self.network.decode(latents.float())  # type: ignore[operator]
         return (output if isinstance(output, Tensor) else output.sample).float().clamp(-1, 1)
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:

@@ -14,10 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.manifest import failures_by_reason
+from ..cache.precision import TOLERATED_LOSS, RoundingTally
 from ..cache.store import LatentSplit, LatentStore, split_attributes
 from ..cache.store_folder import StoreFolder
 from ..errors import StoreError
 from ..stages.events import Advance, Begin, Event, Note
+
+_ROWS_OF_A_SHARD = 64  # enough to know what rounding takes of their channels
 
 
 def describe_store(folder: StoreFolder) -> dict[str, Any]:
@@ -59,7 +62,7 @@ def _describe_split(store: LatentStore, name: str, attributes: dict[str, Any]) -
 
 
 def verify_store(folder: StoreFolder) -> Iterator[Event]:
-    """Read everything again; the first fault ends it.
+    """Read everything again; the first fault ends it. What the dtype has rounded off is a warning: nothing is damaged, but it was lost at encoding.
 
     Raises:
         StoreError: a file is missing or is not what was written, or a value is not what it must be.
@@ -81,16 +84,27 @@ def _verify_split(store: LatentStore, split: LatentSplit) -> Generator[Event, No
     manifest_ok = np.array([status == "ok" for status in split.manifest()["status"].to_pylist()])
     if not np.array_equal(manifest_ok, split.ok):
         raise StoreError(f"{where} is damaged: its manifest and its array ok disagree; {_again(split)}")
-    sums = np.zeros(store.encoding.latent_shape)
+    sums, rounding = np.zeros(store.encoding.latent_shape), RoundingTally(store.encoding.latent_shape)
     yield Begin(task=f"verify {split.name}", total=rows, unit="rows")
     for start in range(0, rows, split.shard_rows):
         stop = min(start + split.shard_rows, rows)
         _check_shard_file(store, split, start // split.shard_rows, where)
-        sums += _checked_sum(split, start, stop, where)
+        sums += _checked_sum(split, start, stop, where, rounding)
         yield Advance(done=stop)
     mean = sums / max(int(split.ok.sum()), 1)
     if not np.allclose(mean, split.mean, rtol=1e-6, atol=1e-6):
         raise StoreError(f"{where} is damaged: its mean is not that of its rows; {_again(split)}")
+    yield from (Note(text=f"{where}: {text}", warning=True) for text in _what_rounding_took(rounding, split))
+
+
+def _what_rounding_took(rounding: RoundingTally, split: LatentSplit) -> Iterator[str]:
+    dtype, loss = split.latents.dtype, rounding.worst()
+    mend = f"{_again(split)} --dtype float32" if dtype == np.float16 else "use a VAE without that offset"
+    if loss and loss.share > TOLERATED_LOSS:
+        yield f"{dtype} does not resolve {loss}; {mend}"
+    if dtype == np.float16 and (channels := rounding.one_valued()):
+        names = ", ".join(map(str, channels[:5])) + (", ..." if len(channels) > 5 else "")
+        yield f"every row is the same in channel {names}: it never varied, or float16 has rounded it off; if it should vary, {mend}"
 
 
 def _check_shard_file(store: LatentStore, split: LatentSplit, shard: int, where: str) -> None:
@@ -101,8 +115,8 @@ def _check_shard_file(store: LatentStore, split: LatentSplit, shard: int, where:
         raise StoreError(f"{where} is damaged: {key} is {'missing' if data is None else 'not what was written'}; {_again(split)}")
 
 
-def _checked_sum(split: LatentSplit, start: int, stop: int, where: str) -> NDArray[np.float64]:
-    """(C,H,W) float64 sum over the ok rows start .. stop."""
+def _checked_sum(split: LatentSplit, start: int, stop: int, where: str, rounding: RoundingTally) -> NDArray[np.float64]:
+    """(C,H,W) float64 sum over the ok rows start .. stop; some of them go to `rounding`."""
     try:
         block = np.asarray(split.latents[start:stop], dtype=np.float64)
     except Exception as error:  # a failed checksum is a ValueError, a cut file a RuntimeError, and Zstd has its own
@@ -112,7 +126,9 @@ def _checked_sum(split: LatentSplit, start: int, stop: int, where: str) -> NDArr
     unsound = ~np.isfinite(block).all(axis=(1, 2, 3)) | (~ok & block.any(axis=(1, 2, 3)))
     if unsound.any():
         raise StoreError(f"{where} is damaged: row {start + int(unsound.argmax())} holds values it must not hold; {_again(split)}")
-    return np.asarray(block[ok].sum(axis=0))
+    good = block[ok]
+    rounding.add(good[:: max(1, len(good) // _ROWS_OF_A_SHARD)].astype(split.latents.dtype))
+    return np.asarray(good.sum(axis=0))
 
 
 def _again(split: LatentSplit) -> str:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..cache.images import Pixels, UnreadableImage, View, load_views, read_ahead
 from ..cache.manifest import FAILED, OK, ManifestRow, first_failure
+from ..cache.precision import ENOUGH_ROWS, RoundingTally
 from ..cache.sources import ImageSource, open_source, order_sha256
 from ..cache.store import Encoding, LatentStore, manifest_key
 from ..cache.store_folder import StoreFolder, open_folder
@@ -99,6 +100,8 @@ class _Job:
     vae: FrozenVAE
     encoding: Encoding
     plan: SplitPlan
+    rounding: RoundingTally
+    """Of the first rows that this process encodes."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
     Raises:
         ImageError: the source holds no image, or (strict) an image cannot be read.
         VAEError: the VAE cannot be found, or does not take this image size.
-        StoreError: every image failed, or a latent does not fit the dtype.
+        StoreError: every image failed, or a latent does not fit the dtype, or its rounding takes more than a percent of what a channel varies.
         MismatchError: the store or the split belongs to another encoding or run.
         OutputError: the store's path holds something else, cannot be written, or is being written by another process.
     """
@@ -201,7 +204,7 @@ def _prepare(config: EncodeLatentsConfig, folder: StoreFolder, source: ImageSour
         chunk_rows=chunk_rows,
         shard_rows=shard_rows,
     )
-    return _Job(config, folder, source, vae, encoding, plan)
+    return _Job(config, folder, source, vae, encoding, plan, RoundingTally(encoding.latent_shape))
 
 
 def _encode_shards(job: _Job, writer: SplitWriter, progress: _Progress) -> Iterator[Event]:
@@ -216,6 +219,7 @@ def _encode_shards(job: _Job, writer: SplitWriter, progress: _Progress) -> Itera
     ):
         for shard in writer.todo:
             latents, rows = yield from _encode_shard(job, shard, loaded, progress)
+            job.rounding.check(config.dtype)
             if writing is not None:
                 writing.result()  # at most one shard waits behind the one in hand: that bounds memory
             writing = write_pool.submit(writer.write_shard, shard, latents, rows)
@@ -281,15 +285,20 @@ def _fetch(job: _Job, positions: list[int], batch_latents: Tensor, latents: NDAr
     """Bring a batch's latents (B,C,H,W) to `latents[positions]` in the store's dtype.
 
     Raises:
-        StoreError: a value is not finite, in itself or in that dtype.
+        StoreError: a value is not finite, in itself or in that dtype, or that dtype rounds off more than a percent of what a channel varies.
     """
-    values = batch_latents.cpu().to(getattr(torch, job.config.dtype))
+    computed = batch_latents.cpu()
+    values = computed.to(getattr(torch, job.config.dtype))
     finite = torch.isfinite(values).flatten(1).all(1)
     if not bool(finite.all()):
         key = rows[positions[int((~finite).nonzero()[0, 0])]].key
         mend = "encode with --dtype float32 (and --overwrite)" if job.config.dtype == "float16" else "use another VAE or leave the image out"
         raise StoreError(f"the latent of image {key} of {job.source.name} is not finite in {job.config.dtype}; {mend}")
     latents[positions] = values.numpy()
+    if job.rounding.rows < ENOUGH_ROWS:
+        job.rounding.add(computed.numpy(), values.numpy())
+        if job.rounding.rows >= ENOUGH_ROWS:
+            job.rounding.check(job.config.dtype)
 
 
 def _manifest_rows(job: _Job, image: _Loaded) -> list[ManifestRow]:

@@ -74,10 +74,48 @@ class TAEF2(nn.Module):
         return self.decoder(latents) * 2 - 1
 
 
-def load() -> TAEF2:
+class Shifted(TAEF2):
+    """The same pictures from latents times `factor` plus an offset for each channel."""
+
+    def __init__(self, factor: float, offset: list[float]) -> None:
+        super().__init__()
+        self.factor = factor
+        self.register_buffer("offset", torch.tensor(offset)[:, None, None])
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.factor * super().encode(images) + self.offset
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return super().decode((latents - self.offset) / self.factor)
+
+
+def with_weights(network: TAEF2) -> TAEF2:
     folder = Path(os.environ.get("REVQ_SHARED", "../shared")) / "vae" / "taef2"
-    network = TAEF2()
     for part in ("encoder", "decoder"):
         state = {name: tensor.float() for name, tensor in load_file(folder / f"{part}.safetensors").items()}
         getattr(network, part).load_state_dict(state)
     return network
+
+
+def load() -> TAEF2:
+    return with_weights(TAEF2())
+
+
+def load_at_1000() -> TAEF2:
+    return with_weights(Shifted(1.0, [1000.0] * 32))
+
+
+def load_with_one_channel_at_1000() -> TAEF2:
+    return with_weights(Shifted(1.0, [0.0] * 5 + [1000.0] + [0.0] * 26))
+
+
+def load_at_300000() -> TAEF2:
+    return with_weights(Shifted(0.5, [300_000.0] * 32))
+
+
+def load_tiny() -> TAEF2:
+    return with_weights(Shifted(1e-6, [0.0] * 32))
+
+
+def load_large_and_far() -> TAEF2:
+    return with_weights(Shifted(1000.0, [10_000.0] * 32))
