@@ -17,7 +17,8 @@ from .vae_files import one_line
 if TYPE_CHECKING:
     from .vae import FrozenVAE
 
-_COARSEST = 64  # no image VAE in use makes one latent of more than 64 px
+_SIDE = 64
+_GRAINS = (64, 56, 48)  # one latent of an image VAE stands for 64 px or for what divides that, for 7 or 14 (patches of a transformer), or 3, 6, 12
 _OTHER_CHANNELS = (1, 2, 4, 6)
 
 
@@ -80,7 +81,7 @@ def _round_trip(vae: FrozenVAE, channels: int, side: int) -> tuple[int, int, int
         pictures = _call("decode", lambda latents: read_pictures(vae.network.decode(latents)), latent)  # type: ignore[operator]
     expected = (1, channels, side, side)
     if tuple(pictures.shape) != expected:
-        raise VAEError(f"it decodes the latents of an image of shape {expected} to {tuple(pictures.shape)}")
+        raise VAEError(f"an image of shape {expected} comes back as {tuple(pictures.shape)}")
     if not bool(pictures.isfinite().all()):
         raise VAEError("it decodes a grey image to values that are not finite; its weights are damaged")
     return tuple(latent.shape[1:])  # type: ignore[return-value]
@@ -97,14 +98,13 @@ def _call(name: str, function: Any, value: Tensor) -> Tensor:
 
 
 def _sides_that_do(vae: FrozenVAE, image_size: int) -> list[int]:
-    """The nearest sides below and above that come back whole; none where no multiple of 64 does, so that the side is not what is wrong."""
-    below = image_size - image_size % _COARSEST
-    for side in (below or _COARSEST, below + _COARSEST):
+    """The nearest sides below and above that come back whole; none where no usual side does, so that the side is not what is wrong."""
+    usual = [side for grain in _GRAINS for side in (image_size - image_size % grain, image_size - image_size % grain + grain)]
+    for side in usual:
         if height := _latent_height(vae, side):
-            factor = side // height
+            factor = max(1, side // height)
             lower = image_size - image_size % factor
-            finest = [side for side in (lower, lower + factor) if side != image_size and _latent_height(vae, side)]
-            return finest or [side]
+            return [near for near in (lower, lower + factor) if near != image_size and _latent_height(vae, near)] or [side]
     return []
 
 
@@ -119,13 +119,13 @@ def _latent_height(vae: FrozenVAE, side: int) -> int:
 def _other_input(vae: FrozenVAE) -> str:
     """What the encoder takes in place of an RGB image; "" where that is not found."""
     try:
-        vae.encode(torch.zeros(1, 3, 1, _COARSEST, _COARSEST, device=vae.device))
+        vae.encode(torch.zeros(1, 3, 1, _SIDE, _SIDE, device=vae.device))
         return "takes videos, tensors with a time axis (B,3,T,S,S)"
     except Exception:  # whatever it raises, it does not take that
         pass
     for channels in _OTHER_CHANNELS:
         try:
-            vae.encode(torch.zeros(1, channels, _COARSEST, _COARSEST, device=vae.device))
+            vae.encode(torch.zeros(1, channels, _SIDE, _SIDE, device=vae.device))
             return f"takes images of {channels} channel{'s' * (channels > 1)}"
         except Exception:  # as above
             continue

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,19 @@ from revq import FrozenVAE
 
 WEIGHTS = "diffusion_pytorch_model"
 # The listing of a real pipeline, but for its VAE: every precision and format of everything, and other VAEs beside it.
-PIPELINE = """
-model_index.json README.md sd_xl_base_1.0.safetensors sd_xl_base_1.0_0.9vae.safetensors
-scheduler/scheduler_config.json tokenizer/tokenizer_config.json tokenizer/vocab.json
-text_encoder/config.json text_encoder/model.safetensors text_encoder/model.fp16.safetensors text_encoder/model.onnx
-text_encoder/openvino_model.xml text_encoder/openvino_model.bin
-unet/config.json unet/diffusion_pytorch_model.safetensors unet/diffusion_pytorch_model.fp16.safetensors unet/diffusion_pytorch_model.non_ema.safetensors
-unet/diffusion_pytorch_model-00001-of-00002.safetensors unet/diffusion_pytorch_model.safetensors.index.json unet/diffusion_flax_model.msgpack
-vae/diffusion_pytorch_model.bin vae/diffusion_pytorch_model.fp16.bin vae/diffusion_pytorch_model.non_ema.safetensors vae/diffusion_flax_model.msgpack
-vae_1_0/config.json vae_1_0/diffusion_pytorch_model.safetensors vae_1_0/diffusion_pytorch_model.fp16.safetensors
-vae_decoder/config.json vae_decoder/model.onnx vae_decoder/openvino_model.xml vae_encoder/config.json vae_encoder/model.onnx
-vae/onnx/config.json vae/onnx/diffusion_pytorch_model.safetensors
-""".split()
+PIPELINE = {
+    "": "model_index.json README.md sd_xl_base_1.0.safetensors sd_xl_base_1.0_0.9vae.safetensors",
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json vocab.json",
+    "text_encoder": "config.json model.safetensors model.fp16.safetensors model.onnx openvino_model.xml openvino_model.bin",
+    "unet": "config.json diffusion_pytorch_model.safetensors diffusion_pytorch_model.fp16.safetensors diffusion_pytorch_model.non_ema.safetensors"
+    " diffusion_pytorch_model-00001-of-00002.safetensors diffusion_pytorch_model.safetensors.index.json diffusion_flax_model.msgpack",
+    "vae": "diffusion_pytorch_model.bin diffusion_pytorch_model.fp16.bin diffusion_pytorch_model.non_ema.safetensors diffusion_flax_model.msgpack",
+    "vae_1_0": "config.json diffusion_pytorch_model.safetensors diffusion_pytorch_model.fp16.safetensors",
+    "vae_decoder": "config.json model.onnx openvino_model.xml",
+    "vae_encoder": "config.json model.onnx",
+    "vae/onnx": "config.json diffusion_pytorch_model.safetensors",
+}
 
 
 def tiny(seed: int = 0) -> diffusers.AutoencoderKL:
@@ -51,9 +51,10 @@ def save_all(folder: Path, *, seed: int = 0) -> None:
 def make_repositories(root: Path) -> None:
     root.mkdir()
     pipeline = root / "stable" / "xl@main"
-    for name in PIPELINE:
-        (pipeline / name).parent.mkdir(parents=True, exist_ok=True)
-        (pipeline / name).write_text("not to be fetched")
+    for folder, names in PIPELINE.items():
+        (pipeline / folder).mkdir(parents=True, exist_ok=True)
+        for name in names.split():
+            (pipeline / folder / name).write_text("not to be fetched")
     save_all(pipeline / "vae")
     save_all(root / "plain" / "vae@main")
     save_all(root / "plain" / "vae@v2", seed=1)
@@ -112,7 +113,7 @@ class Fetched:
 
 
 @pytest.fixture(scope="module")
-def fetched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fetched]:
+def fetched(tmp_path_factory: pytest.TempPathFactory) -> Fetched:
     """Every repository loaded from the hub, again offline, and again from a hub that does not answer."""
     folder = tmp_path_factory.mktemp("hub")
     make_repositories(folder / "repositories")
@@ -120,7 +121,7 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fetched]:
         online = load_all(folder / "home", url=hub.url, offline=False)
     offline = load_all(folder / "home", url=hub.url, offline=True)
     gone = load_all(folder / "home", url=hub.url, offline=False)
-    yield Fetched(folder / "repositories", hub, online, offline, gone)
+    return Fetched(folder / "repositories", hub, online, offline, gone)
 
 
 @pytest.mark.parametrize(
