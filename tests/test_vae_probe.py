@@ -219,10 +219,11 @@ def test_a_decoder_without_gradients_is_named_where_they_are_needed(tmp_path: Pa
 
 
 def test_a_factory_that_makes_weights_up_is_refused_at_the_first_load(tmp_path: Path) -> None:
-    lines = ["network = torch.nn.Conv2d(3, 3, 1)", "network.encode = network.decode = network", "return network"]
-    (tmp_path / "mine.py").write_text("\n    ".join(["import torch\n\ndef load():", *lines]))
+    spec = plugin(tmp_path)
+    made_up = "network = Mine()\n    network.bias = torch.nn.Parameter(torch.rand(3))\n    return network"
+    (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text().replace("return Mine()", made_up))
     with pytest.raises(VAEError, match="gives other weights at each call"):
-        FrozenVAE.load(f"{tmp_path / 'mine.py'}:load")
+        FrozenVAE.load(spec)
 
 
 def test_a_mismatch_in_the_weights_alone_says_so(tmp_path: Path) -> None:
