@@ -139,7 +139,7 @@ def _train_rectifier(
     codebooks: Annotated[str, typer.Argument(metavar="CODEBOOKS", help="Folder of fit-codebooks.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Run folder; the tokenizer is OUT/tokenizer.")],
     split: Split = "train",
-    val_split: Annotated[str, _data(help="Split to validate on; without it the last 2 % of --split.")] = "val",
+    val_split: Annotated[str, _data(help="Split to validate on; none: the last 2 % of --split, as where there is no val.")] = "val",
     epochs: Annotated[int, _method(help="Passes over the latents.")] = 100,
     steps: Annotated[int | None, _method(help="Steps in all, instead of --epochs.")] = None,
     finish_steps: Annotated[int, _method(help="Last steps with the loss taken through the decoder.")] = 0,

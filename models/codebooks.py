@@ -5,6 +5,8 @@ Shapes: C,H,W latent channels, rows, columns, P = C*H*W, T tokens, K codes per c
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from ..errors import CodebookError
 from ..files import read_json, sha256_json, write_bytes
-from .transform import LatentTransform
+from .transform import LatentTransform, blank_transform
+from .weight_keys import compare_weights
 
 CODEBOOKS_KIND = "revq-codebooks"
 CODEBOOKS_NAME = "codebooks.safetensors"
@@ -55,7 +58,8 @@ def load_codebooks(folder: str | Path) -> Codebooks:
     """Read a codebooks folder.
 
     Raises:
-        CodebookError: there is none, its fit is not finished, it is damaged, holds codes that are not finite, or is not of the fit in config.json.
+        CodebookError: there is none, its fit is not finished, it is damaged or not all there, holds codes that are not finite, or is
+            not of the fit in config.json.
     """
     folder = Path(folder)
     path = folder / CODEBOOKS_NAME
@@ -69,25 +73,39 @@ def load_codebooks(folder: str | Path) -> Codebooks:
             digest = (file.metadata() or {}).get(_DIGEST)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         expected = sha256_json(config["identity"])
-        parts = {name: tensors.pop(f"transform.{name}", None) for name in ("mean", "std", "scale", "axes", "inverse_axes")}
-        if others := [name for name in tensors if name.startswith("transform.")]:
-            raise CodebookError(f"it holds {', '.join(others)}, which another version of revq wrote")
-        transform = LatentTransform(**parts, tokens=len(tensors["codebooks"]))
-        loaded = Codebooks(
-            transform=transform,
-            codebooks=tensors["codebooks"],
-            counts=tensors["counts"],
-            sensitivity=tensors.get("sensitivity"),
-            identity=config["identity"],
-        )
     except Exception as error:  # safetensors has its own errors for a damaged file
         reason = str(error).strip().splitlines()[0]
         raise CodebookError(f"{path} is damaged ({reason}); remove the folder and fit the codebooks again") from error
     if digest != expected:
         there = f"of the fit {digest[:8]}" if digest else "of an older revq, which did not write whose fit it is"
         raise CodebookError(f"{path} is {there}, the config.json beside it of the fit {expected[:8]}; remove the folder and fit the codebooks again")
-    check_finite(loaded.codebooks, f"{path} is damaged: remove the folder and fit the codebooks again")
-    return loaded
+    if faults := _faults(tensors, config["identity"]):
+        raise CodebookError(f"{path} is not what this revq reads: {faults}; copy it again, or remove the folder and fit the codebooks again")
+    check_finite(tensors["codebooks"], f"{path} is damaged: remove the folder and fit the codebooks again")
+    parts = {name: tensors.get(f"transform.{name}") for name in ("mean", "std", "scale", "axes", "inverse_axes")}
+    return Codebooks(
+        transform=LatentTransform(**parts, tokens=config["identity"]["tokens"]),  # type: ignore[arg-type]
+        codebooks=tensors["codebooks"],
+        counts=tensors["counts"],
+        sensitivity=tensors.get("sensitivity"),
+        identity=config["identity"],
+    )
+
+
+def _faults(tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> str:
+    """What keeps these from being the tensors of such a fit: without its axes, say, a transform would be another one, in silence."""
+    tokens, codes, kind = identity["tokens"], identity["codes"], identity["transform"]
+    shapes = (tuple(tensors[name].shape) for name in ("transform.mean", "transform.std", "transform.scale") if name in tensors)
+    shape = next((shape for shape in shapes if len(shape) == 3 and math.prod(shape) % tokens == 0), None)
+    if shape is None:
+        return "no tensor transform.mean of a latent's shape (C,H,W)"
+    with torch.device("meta"):
+        expected = {f"transform.{name}": tensor for name, tensor in blank_transform(shape, tokens, kind).state_dict().items()}
+        expected["codebooks"] = torch.empty(tokens, codes, math.prod(shape) // tokens)
+        expected["counts"] = torch.empty(tokens, codes)
+        if kind == "decoder":
+            expected["sensitivity"] = torch.empty(shape)
+    return compare_weights(expected, tensors)
 
 
 def check_finite(codebooks: Tensor, why: str) -> None:

@@ -27,6 +27,7 @@ from .rectifier import Rectifier
 from .refine import refine_tokens
 from .transform import blank_transform
 from .vae import FrozenVAE
+from .weight_keys import compare_weights
 
 TOKENIZER_KIND = "revq-tokenizer"
 FORMAT_VERSION = 1
@@ -104,16 +105,22 @@ class ReVQTokenizer(FrozenModule, PyTorchModelHubMixin):
     def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, **hub_options: Any) -> ReVQTokenizer:
         if not config or config.get("kind") != TOKENIZER_KIND:
             raise TokenizerError(f"{model_id} is no revq tokenizer: it needs a config.json of kind {TOKENIZER_KIND!r}; train-rectifier writes one")
-        if config["format_version"] > FORMAT_VERSION:
+        if config.get("format_version", 0) > FORMAT_VERSION:
             raise TokenizerError(f"{model_id} has tokenizer format {config['format_version']}, this revq reads up to {FORMAT_VERSION}; upgrade revq")
         try:
             options = {name: hub_options[name] for name in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
             local = os.path.isdir(model_id)
             file = os.path.join(model_id, WEIGHTS_NAME) if local else hf_hub_download(model_id, WEIGHTS_NAME, **options)
-            tokenizer = cls(config)
-            tokenizer.load_state_dict(load_file(file))
+            weights = load_file(file)
         except Exception as error:  # safetensors, torch and the hub client each have their own
             raise TokenizerError(f"the tokenizer in {model_id} cannot be loaded: {WEIGHTS_NAME}: {_one_line(error)}") from error
+        try:
+            tokenizer = cls(config)
+        except Exception as error:  # of whichever module a setting is missing or does not suit
+            raise TokenizerError(f"the tokenizer in {model_id} cannot be loaded: config.json: {type(error).__name__}: {_one_line(error)}") from error
+        if faults := compare_weights(tokenizer.state_dict(), weights):
+            raise TokenizerError(f"the tokenizer in {model_id} is not all there: {WEIGHTS_NAME}: {faults}; copy or train it again")
+        tokenizer.load_state_dict(weights)
         return tokenizer
 
     def _save_pretrained(self, save_directory: Path) -> None:

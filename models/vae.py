@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import sys
 from collections.abc import Mapping
 from itertools import chain
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 from ..errors import MismatchError, VAEError
 from ..files import sha256_file, sha256_json
 from .frozen import FrozenModule
+from .vae_files import EMBEDDED_VAE, VAEFiles, load_network, one_line, open_folder, open_repository
+from .vae_probe import read_latents, read_pictures, round_trip_shape
 
-EMBEDDED_VAE = "revq-tiny-f8c8"
-_OFFLINE_HINT = "pass --vae a local folder in diffusers' format, FILE.py:FACTORY, or the embedded " + EMBEDDED_VAE
+_WITHOUT_GRADIENTS = "without them there is --transform pca or standardize, and neither --finish-steps nor --refine"
 
 
 class FrozenVAE(FrozenModule):
@@ -61,16 +61,13 @@ class FrozenVAE(FrozenModule):
             revision: branch, tag or commit on the hub; None means the default branch.
 
         Raises:
-            VAEError: it cannot be found (offline, say), read, or does not encode and decode.
+            VAEError: it cannot be found (offline, say) or read, its weights are not all there, or it does not encode and decode.
         """
-        if ".py:" in spec:
-            vae = _load_plugin(spec)
-        elif spec == EMBEDDED_VAE:
-            vae = _load_folder(Path(__file__).parent / EMBEDDED_VAE, spec)
-        elif Path(spec).expanduser().is_dir():
-            vae = _load_folder(Path(spec).expanduser(), str(Path(spec).expanduser().resolve()))
-        else:
-            vae = _load_hub(spec, revision)
+        if ".py:" not in spec:
+            return _load_files(spec, revision).to(device)
+        vae = _load_plugin(spec)
+        if _load_plugin(spec).weights_sha256 != vae.weights_sha256:
+            raise VAEError(f"VAE plug-in {spec} gives other weights at each call: it makes some up, where it should load them all")
         return vae.to(device)
 
     @classmethod
@@ -86,17 +83,25 @@ class FrozenVAE(FrozenModule):
             VAEError: it cannot be loaded.
             MismatchError: it is another VAE.
         """
-        vae = cls.load(spec or identity["id"], device=device, revision=None if spec else identity["revision"])
+        where = spec or identity["id"]
+        vae = _load_plugin(where) if ".py:" in where else _load_files(where, None if spec else identity["revision"])
         vae.require(identity)
-        return vae
+        return vae.to(device)
 
     def require(self, identity: Mapping[str, Any]) -> None:
         """Raise MismatchError, naming both fingerprints, unless this is the VAE that `identity` names."""
-        if self.fingerprint != identity["fingerprint"]:
-            raise MismatchError(
-                f"expected the VAE {identity['id']} with fingerprint {identity['fingerprint']}, but {self.id} has fingerprint {self.fingerprint}; "
-                "pass the VAE that the latents were made with"
-            )
+        if self.fingerprint == identity["fingerprint"]:
+            return
+        mine = self.identity()
+        differing = [name for name in ("class_name", "config_sha256", "weights_sha256") if mine[name] != identity.get(name)]
+        why = ""
+        if differing == ["weights_sha256"]:
+            why = "; class and configuration are the same, the weights alone are others"
+            why += " (does the plug-in load them all?)" if ".py:" in self.id else ""
+        raise MismatchError(
+            f"expected the VAE {identity['id']} with fingerprint {identity['fingerprint']}, but {self.id} has fingerprint {self.fingerprint}{why}; "
+            "pass the VAE that the latents were made with"
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -128,35 +133,26 @@ class FrozenVAE(FrozenModule):
         """
         if not images.is_floating_point():
             raise VAEError(f"expected float images in [-1,1], found {images.dtype}; images.float() / 127.5 - 1 makes them of 0 to 255")
-        output: Any = self.network.encode(images.float())  # type: ignore[operator]
-        if hasattr(output, "latent_dist"):
-            output = output.latent_dist.mode()
-        elif not isinstance(output, Tensor):
-            output = output.latent if hasattr(output, "latent") else output.latents
-        return output.float()
+        return read_latents(self.network.encode(images.float())).float()  # type: ignore[operator]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (B,C,H,W) -> images (B,3,S,S) float32 clamped to [-1,1]; differentiable in the latents where gradients are on."""
-        output: Any = self.network.decode(latents.float())  # type: ignore[operator]
-        return (output if isinstance(output, Tensor) else output.sample).float().clamp(-1, 1)
-
-    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(C,H,W) of the latent of one image of that side, found by encoding a grey one.
+        """latents (B,C,H,W) -> images (B,3,S,S) float32 clamped to [-1,1]; differentiable in the latents where gradients are on.
 
         Raises:
-            VAEError: the VAE does not take images of this side.
+            VAEError: gradients are on, and the network gives none.
         """
-        grey = torch.zeros(1, 3, image_size, image_size, device=self.device)
-        try:
-            latent = self.encode(grey)
-        except (RuntimeError, ValueError) as error:
-            raise VAEError(
-                f"VAE {self.id} cannot encode {image_size} px images ({_one_line(error)}); choose an --image-size it was made for"
-            ) from error
-        if latent.ndim != 4:
-            raise VAEError(f"VAE {self.id} gives latents of shape {tuple(latent.shape)}; revq needs (B,C,H,W)")
-        channels, height, width = latent.shape[1:]
-        return channels, height, width
+        images = read_pictures(self.network.decode(latents.float())).float().clamp(-1, 1)  # type: ignore[operator]
+        if latents.requires_grad and torch.is_grad_enabled() and not images.requires_grad:
+            raise VAEError(f"the decoder of VAE {self.id} gives no gradients (is it under torch.no_grad or inference_mode?); {_WITHOUT_GRADIENTS}")
+        return images
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """(C,H,W) of the latent of one image of that side, found by encoding a grey one and decoding it again.
+
+        Raises:
+            VAEError: the VAE does not take images of this side, or does not give pictures of it back; the message says why, and what would do.
+        """
+        return round_trip_shape(self, image_size)
 
 
 def _weights_sha256(network: nn.Module) -> str:
@@ -183,48 +179,23 @@ def _load_plugin(spec: str) -> FrozenVAE:
         module_spec.loader.exec_module(module)
         network = getattr(module, factory_name)()
     except Exception as error:  # the plug-in is the user's code: whatever it raises is told, not shown as ours
-        raise VAEError(f"VAE plug-in {spec} failed with {type(error).__name__}: {_one_line(error)}") from error
+        raise VAEError(f"VAE plug-in {spec} failed with {type(error).__name__}: {one_line(error)}") from error
     if not (isinstance(network, nn.Module) and callable(getattr(network, "encode", None)) and callable(getattr(network, "decode", None))):
         raise VAEError(f"VAE plug-in {spec} must return a torch.nn.Module with encode and decode, not {type(network).__name__}")
     return FrozenVAE(network, vae_id=f"{path.resolve()}:{factory_name}", revision=None, config_sha256=sha256_file(path))
 
 
-def _load_folder(folder: Path, vae_id: str, revision: str | None = None) -> FrozenVAE:
-    """A folder in diffusers' format: config.json and weights, or a pipeline with a `vae` sub-folder."""
-    import diffusers
+def _load_files(spec: str, revision: str | None) -> FrozenVAE:
+    """The embedded VAE, a local folder or a hub repository."""
+    folder = Path(spec).expanduser()
+    if spec == EMBEDDED_VAE:
+        return _make(open_folder(Path(__file__).parent / EMBEDDED_VAE), spec)
+    if folder.is_dir():
+        return _make(open_folder(folder), str(folder.resolve()))
+    return _make(open_repository(spec, revision), spec)
 
-    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
-        folder = folder / "vae"
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise VAEError(f"{folder} is no VAE in diffusers' format: its config.json cannot be read ({_one_line(error)})") from error
-    class_name = config.get("_class_name", "")
-    network_class = getattr(diffusers, class_name, None) if class_name.isidentifier() else None
-    if network_class is None or not hasattr(network_class, "from_pretrained"):
-        raise VAEError(
-            f"{folder}/config.json names the class {class_name!r}, which diffusers {diffusers.__version__} does not have; upgrade diffusers"
-        )
-    try:
-        network = network_class.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False)
-    except Exception as error:  # diffusers raises OSError, ValueError, RuntimeError and safetensors' own for a damaged folder
-        raise VAEError(f"the VAE in {folder} cannot be loaded: {_one_line(error)}") from error
+
+def _make(files: VAEFiles, vae_id: str) -> FrozenVAE:
+    network, config = load_network(files)
     settings = {name: value for name, value in config.items() if name not in {"_diffusers_version", "_name_or_path"}}
-    return FrozenVAE(network, vae_id=vae_id, revision=revision, config_sha256=sha256_json(settings))
-
-
-def _load_hub(repo_id: str, revision: str | None) -> FrozenVAE:
-    """A model hub repository, from the local cache or a download."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["config.json", "*.safetensors", "vae/*.json", "vae/*.safetensors"]
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises its own, httpx's, requests' and the system's errors
-        raise VAEError(f"VAE {repo_id!r} is no local folder and cannot be had from the model hub ({_one_line(error)}); {_OFFLINE_HINT}") from error
-    return _load_folder(folder, repo_id, revision=folder.name)
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return FrozenVAE(network, vae_id=vae_id, revision=files.revision, config_sha256=sha256_json(settings))

@@ -16,6 +16,7 @@ from ..stages.events import Begin, Event, Note, Result
 from ..stages.fit_codebooks import fit_codebooks
 from ..stages.train_rectifier import train_rectifier
 from .config import Plan
+from .preflight import check_plan
 from .report import write_report
 
 RUN_KIND = "revq-run"
@@ -29,9 +30,10 @@ def run(plan: Plan, *, overwrite: bool = False) -> Iterator[Event]:
 
     Raises:
         OutputError: the folder holds something else, or (without `overwrite`) a stage made with other settings.
-        RevqError: see the stages.
+        RevqError: see the stages; what a later one would miss is found before the first begins.
     """
     ranks.on_first(lambda: claim_output(plan.out, kind=RUN_KIND, identity={}))
+    check_plan(plan, overwrite=overwrite)
     steps: list[tuple[str, Callable[[Any], Iterator[Event]], Any]] = [
         ("encode-latents train", encode_latents, plan.encode_train),
         ("encode-latents val", encode_latents, plan.encode_val),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MismatchError, TrainingError
+from ..errors import TrainingError
 from ..files import read_json, write_bytes
 from . import ranks
 from .events import Event, Note
@@ -53,17 +53,14 @@ def resume(state: TrainState, folder: Path, device: torch.device) -> Iterator[Ev
     paths = _newest_first(folder) if ranks.rank() == 0 else []
     found, damaged = None, []
     for path in paths:
-        try:
-            content = torch.load(path, map_location=device, weights_only=True)
-            if not _on_the_way(content, state.planned):
-                continue
-            state.load_state_dict(content)
-        except MismatchError:
-            raise
-        except Exception as error:  # torch and zipfile raise many kinds for a torn file
+        content, faults = _read(path, state, device)
+        if faults:
             damaged.append(path.name)
-            yield Note(text=f"checkpoint {path.name} is damaged ({type(error).__name__}) and left out", warning=True)
+            yield Note(text=f"checkpoint {path.name} is damaged ({faults}) and left out", warning=True)
             continue
+        if not _on_the_way(content, state.planned):
+            continue
+        state.load_state_dict(content)
         found = path.name
         break
     if damaged and len(damaged) == len(paths):
@@ -100,7 +97,7 @@ def take_weights(state: TrainState, folder: Path, step: int, device: torch.devic
     """
     if step == state.step:
         return step
-    name = ranks.broadcast(_readable(folder, step) if ranks.rank() == 0 else None)
+    name = ranks.broadcast(_readable(folder, step, state) if ranks.rank() == 0 else None)
     if name is None:
         text = f"the best weights, of step {step}, cannot be read from {folder / BEST_NAME}: the tokenizer gets those of step {state.step}"
         yield Note(text=text, warning=True)
@@ -111,15 +108,22 @@ def take_weights(state: TrainState, folder: Path, step: int, device: torch.devic
     return step
 
 
-def _readable(folder: Path, step: int) -> str | None:
+def _readable(folder: Path, step: int, state: TrainState) -> str | None:
     """A sound checkpoint of this step: the best one, or another that was kept."""
     for path in (folder / BEST_NAME, _path(folder, step)):
-        try:
-            if torch.load(path, map_location="cpu", weights_only=True)["step"] == step:
-                return path.name
-        except Exception:  # missing or torn: torch and zipfile raise many kinds
-            continue
+        content, faults = _read(path, state, torch.device("cpu"))
+        if not faults and content["step"] == step:
+            return path.name
     return None
+
+
+def _read(path: Path, state: TrainState, device: torch.device) -> tuple[dict[str, Any], str]:
+    """A checkpoint, and what keeps it from being a whole one of this run; "" where nothing does."""
+    try:
+        content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        return content, state.faults(content)
+    except Exception as error:  # missing, torn, or no checkpoint: torch and zipfile raise many kinds
+        return {}, type(error).__name__
 
 
 def _on_the_way(content: dict[str, Any], planned: tuple[int, int]) -> bool:

@@ -141,11 +141,12 @@ def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
 
     Raises:
         ImageError: the source holds no image, or (strict) an image cannot be read.
-        VAEError: the VAE cannot be found, or does not take this image size.
+        VAEError: the VAE cannot be found, or does not encode and decode images of this size.
         StoreError: every image failed, or a latent does not fit the dtype, or its rounding takes more than a percent of what a channel varies.
         MismatchError: the store or the split belongs to another encoding or run.
         OutputError: the store's path holds something else, cannot be written, or is being written by another process.
     """
+    pick_device(config.device)  # a wrong name is told before a million images are listed
     folder = open_folder(config.store)
     check_target(folder)
     source = open_source(config.images)

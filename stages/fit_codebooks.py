@@ -204,10 +204,14 @@ def _fit_rows(config: FitCodebooksConfig, split: LatentSplit) -> Any:
 
 
 def _check_sizes(config: FitCodebooksConfig, store: LatentStore, latents: int) -> None:
-    shape = store.encoding.latent_shape
     if latents < config.codes:
         mend = f"use --codes {latents} or fewer, or {_more_latents(config, latents)}"
         raise CodebookError(f"{latents} latents cannot fill {config.codes} codes; {mend}")
+    check_tokens(config, store.encoding.latent_shape)
+
+
+def check_tokens(config: FitCodebooksConfig, shape: tuple[int, int, int]) -> None:
+    """Raise CodebookError where latents of `shape` (C,H,W) cannot be cut into so many tokens."""
     LatentTransform(mean=torch.zeros(shape), std=torch.ones(shape), tokens=config.tokens)
     if config.transform != "standardize":
         spatial_block(shape, config.tokens)

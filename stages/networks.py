@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torchvision
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -21,6 +22,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from ..errors import ConfigError
 from ..files import write_bytes
+from ..models.weight_keys import compare_weights
 
 FEATURES = 2048
 CLASSES = 1008
@@ -68,14 +70,12 @@ class Inception:
         Raises:
             ConfigError: the file cannot be read or holds another network's weights.
         """
-        _read_weights(path, "Inception")
+        state = _read_weights(path, "Inception")
+        with torch.device("meta"):
+            expected = _EmptyInception("inception-v3-compat", [str(FEATURES)], str(path)).state_dict()
+        _require(state, expected, f"{path} does not fit torch-fidelity's Inception network", "weights-inception-2015-12-05-6726825d.pth")
+        network = FeatureExtractorInceptionV3("inception-v3-compat", [str(FEATURES)], str(path))
         self.device = device
-        try:
-            network = FeatureExtractorInceptionV3("inception-v3-compat", [str(FEATURES)], str(path))
-        except RuntimeError as error:
-            raise ConfigError(
-                f"{path} does not fit torch-fidelity's Inception network ({_one_line(error)}); it must be weights-inception-2015-12-05-6726825d.pth"
-            ) from error
         self.network: nn.Module = network.to(device)
 
     @torch.no_grad()
@@ -103,12 +103,12 @@ class Lpips:
         Raises:
             ConfigError: the file cannot be read or holds another network's weights.
         """
-        title = {"alex": "AlexNet", "vgg": "VGG16"}[trunk]
-        _read_weights(path, title)
-        try:
-            network: Any = LearnedPerceptualImagePatchSimilarity(net_type=trunk).net
-        except RuntimeError as error:
-            raise ConfigError(f"{path} does not fit torchvision's {title} ({_one_line(error)}); replace it by the published {path.name}") from error
+        title, name = {"alex": ("AlexNet", "alexnet"), "vgg": ("VGG16", "vgg16")}[trunk]
+        state = _read_weights(path, title)
+        with torch.device("meta"):
+            expected = getattr(torchvision.models, name)(weights=None).state_dict()
+        _require(state, expected, f"{path} does not fit torchvision's {title}", f"the published {path.name}")
+        network: Any = LearnedPerceptualImagePatchSimilarity(net_type=trunk).net
         self.device = device
         self.network = network.to(device)
 
@@ -175,16 +175,29 @@ def cache_folder(given: str | None) -> Path | None:
     return (Path(home) if home else Path.home() / ".cache") / "revq" / "inception-features"
 
 
-def _read_weights(path: Path, title: str) -> None:
-    """Check that `path` is a checkpoint of tensors alone, before a library unpickles it without that restriction."""
+class _EmptyInception(FeatureExtractorInceptionV3):
+    """The network before any weights: its constructor loads them."""
+
+    def load_state_dict(self, *_: Any, **__: Any) -> None:  # type: ignore[override]
+        """Load nothing."""
+
+
+def _read_weights(path: Path, title: str) -> Mapping[str, Tensor]:
+    """The tensors of `path`, read without unpickling anything else, before a library unpickles it without that restriction."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise ConfigError(
             f"the {title} weights in {path} cannot be read ({_one_line(error)}); delete the file, so that it is fetched anew"
         ) from error
-    if not isinstance(state, Mapping):
+    if not (isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())):
         raise ConfigError(f"{path} holds no {title} weights but a {type(state).__name__}; give the published checkpoint")
+    return state
+
+
+def _require(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fault: str, published: str) -> None:
+    if faults := compare_weights(expected, state):
+        raise ConfigError(f"{fault} ({faults}); it must be {published}")
 
 
 def _one_line(error: BaseException) -> str:

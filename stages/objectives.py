@@ -6,6 +6,7 @@ Shapes: B batch, C,H,W latent channels, rows, columns, S image side in pixels. L
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +56,15 @@ def open_lpips(image_size: int, device: torch.device) -> nn.Module:
     Raises:
         ConfigError: its published weights cannot be had, or the images are too small for it.
     """
+    network: nn.Module = Lpips("alex", find_lpips(image_size), device).network
+    return network.requires_grad_(False).eval()
+
+
+def find_lpips(image_size: int) -> Path:
+    """Where the weights of `open_lpips` are; raises ConfigError as it does."""
     if image_size < LPIPS_SMALLEST_SIDE:
         raise ConfigError(f"finish-lpips needs images of at least {LPIPS_SMALLEST_SIDE} px, and these have {image_size}; leave it at 0")
     found = find_weights(ALEXNET)
     if found.path is None:
         raise ConfigError(f"finish-lpips needs weights that are not here: {found.reason}; or leave it at 0")
-    network: nn.Module = Lpips("alex", found.path, device).network
-    return network.requires_grad_(False).eval()
+    return found.path

@@ -74,7 +74,7 @@ class TrainRectifierConfig:
     split: str = "train"
     """Split of the store to train on."""
     val_split: str = "val"
-    """Split to validate on; where the store has none, the last 2 % of the train images are held out."""
+    """Split to validate on; where the store has no "val", or with "none", the last 2 % of the train images are held out."""
     epochs: int = 100
     """Passes over the train latents, where `steps` is None."""
     steps: int | None = None

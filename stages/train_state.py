@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..errors import MismatchError, TrainingError
 from ..models.quantizer import MultiGroupQuantizer
 from ..models.rectifier import Rectifier
+from ..models.weight_keys import compare_weights
 from . import ranks
 from .training_data import Inputs
 
@@ -27,6 +29,7 @@ LATENT_SCORE, PICTURE_SCORE = "val_loss", "val_picture_loss"
 _DIVERGED = 10.0  # an untrained rectifier changes nothing, so each phase begins at an error that a sound one falls below
 _REMEDY = "try a lower --lr or --codebook-lr, or --precision fp32, in a new folder"
 _MODULES = ("rectifier", "average", "quantizer", "optimizer")
+_VALUES = ("planned", "streamed", "precision", "first_steps", "total_steps", "step", "best", "usage", "history")
 
 
 @dataclass(kw_only=True)
@@ -78,8 +81,18 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, the same whatever the number of ranks. Every rank must ask at once."""
         modules = {name: getattr(self, name).state_dict() for name in _MODULES}
-        names = ("planned", "streamed", "precision", "first_steps", "total_steps", "step", "best", "usage", "history")
-        return {**modules, **{name: getattr(self, name) for name in names}, "counts": ranks.sum_tensors(self.counts.clone())}
+        return {**modules, **{name: getattr(self, name) for name in _VALUES}, "counts": ranks.sum_tensors(self.counts.clone())}
+
+    def faults(self, state: Mapping[str, Any]) -> str:
+        """What keeps `state` from being one that `state_dict` gave for such a run; "" where nothing does. To be asked before any of it is taken."""
+        if lacking := [name for name in (*_MODULES, *_VALUES, "counts") if name not in state]:
+            return f"it lacks {', '.join(lacking)}"
+        for name in ("rectifier", "average", "quantizer"):
+            if faults := compare_weights(getattr(self, name).state_dict(), state[name]):
+                return f"{name}: {faults}"
+        if state["counts"].shape != self.counts.shape:
+            return "counts are of another shape"
+        return _optimizer_faults(self.optimizer, state["optimizer"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave. Where the settings plan other steps now, the early end of the other run is forgotten."""
@@ -95,6 +108,20 @@ class TrainState:
         self.counts.copy_(state["counts"])
         if ranks.rank() > 0:
             self.counts.zero_()
+
+
+def _optimizer_faults(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> str:
+    """torch itself takes moments of other shapes, and starts without a word at zero where there are none."""
+    if [len(group["params"]) for group in state["param_groups"]] != [len(group["params"]) for group in optimizer.param_groups]:
+        return "optimizer: it is of other parameters"
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        moments = [state["state"].get(index, {}).get("exp_avg") for index in saved["params"]]
+        there = [moment for moment in moments if moment is not None]
+        if there and len(there) < len(moments):
+            return f"optimizer: {len(moments) - len(there)} of {len(moments)} moments are missing"
+        if there and any(moment.shape != parameter.shape for moment, parameter in zip(there, group["params"], strict=True)):
+            return "optimizer: moments are of another shape"
+    return ""
 
 
 def new_state(config: TrainRectifierConfig, inputs: Inputs, codebooks: Tensor) -> TrainState:

@@ -29,7 +29,7 @@ from ..cache.batches import (
 )
 from ..cache.rows import epoch_permutation, split_rows, spread_rows
 from ..cache.store import LatentSplit, LatentStore
-from ..errors import CodebookError, ConfigError, MismatchError, TrainingError
+from ..errors import CodebookError, ConfigError, MismatchError, StoreError, TrainingError
 from ..models.codebooks import Codebooks
 from ..models.device import pick_device
 from ..models.transform import LatentTransform
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 LATENTS = ("auto", "resident", "stream")
 _HELD_OUT_SHARE = 0.02
+_MAY_BE_ABSENT = ("val", "none")  # the default, and what asks for latents held out though there is a split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +144,7 @@ def open_inputs(config: TrainRectifierConfig, store: LatentStore, fitted: Codebo
         StoreError, CodebookError, MismatchError, VAEError, TrainingError, ConfigError: see their messages.
     """
     _check_store(store, fitted)
-    _check_ranks(config)
+    check_ranks(config)
     device = pick_device(config.device)
     split, rows, val_split, val_rows, val_name = _choose_rows(config, store, fitted.identity["rectifier_share"])
     vae = lpips = None
@@ -179,6 +180,8 @@ def _choose_rows(
     if config.val_split in store.splits:
         val_split, val_name = store[config.val_split], config.val_split
         val_rows = np.flatnonzero(val_split.ok)
+    elif config.val_split not in _MAY_BE_ABSENT:  # a mistyped name must not hold out other latents without a word
+        raise StoreError(f'{store.path} has no split "{config.val_split}" to validate on, only {", ".join(store.splits)}')
     else:
         val_split, val_name = split, f"last 2 % of {config.split}"
         val_rows = split_rows(split, _HELD_OUT_SHARE, "holdout")
@@ -196,7 +199,8 @@ def _part(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return rows[rank * len(rows) // size : (rank + 1) * len(rows) // size]
 
 
-def _check_ranks(config: TrainRectifierConfig) -> None:
+def check_ranks(config: TrainRectifierConfig) -> None:
+    """Raise ConfigError where the processes cannot share a batch evenly."""
     size = ranks.world_size()
     for name in ("batch_size", "finish_batch_size") if config.finish_steps else ("batch_size",):
         value = getattr(config, name)

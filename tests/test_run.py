@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from revq.errors import RevqError
+from revq.pipeline.config import load_plan
+from revq.pipeline.run import run
+from revq.stages.events import run_quietly
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 CONFIG = """
@@ -100,6 +106,28 @@ def test_a_run_does_not_write_into_a_folder_that_holds_something_else(whole: tup
     done = revq_cli("run", whole[0] / "config.toml", "--out", tmp_path, check=1)
     assert f"{tmp_path} holds something else than revq-run (thesis.tex); choose a new or empty folder" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("download = false", 'download = false\nimages = "{tmp}/nowhere"', "nowhere"),
+        ("download = false", 'download = false\ninception_weights = "{tmp}/no.pth"', "no weights at"),
+        ("download = false", 'download = false\ndevice = "cuda:99"', "device 'cuda:99' is not there"),
+        ("depth = 1", 'depth = 1\ndevice = "gpu"', "device must be auto, cpu"),
+        ("codes = 8", "codes = 8\ntokens = 500", "which 500 tokens do not divide"),
+        ("image_size = 64", "image_size = 60", "choose --image-size 56 or 64"),
+    ],
+    ids=["images of evaluate", "Inception weights", "device of evaluate", "device of train-rectifier", "tokens", "image size"],
+)
+def test_what_a_later_stage_would_miss_is_told_before_the_first_one_begins(
+    imagenet_sample: Path, taef2: str, tmp_path: Path, old: str, new: str, message: str
+):
+    text = CONFIG.format(out=tmp_path / "out", images=imagenet_sample, vae=taef2)
+    (tmp_path / "config.toml").write_text(text.replace(old, new.replace("{tmp}", str(tmp_path))))
+    with pytest.raises(RevqError, match=re.escape(message)):
+        run_quietly(run(load_plan(tmp_path / "config.toml")))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import config, made_by, newest_step, prepared, stop_at, weights
 
 from revq import LatentStore, ReVQTokenizer
-from revq.errors import ConfigError, MismatchError, OutputError, TrainingError
+from revq.errors import ConfigError, MismatchError, OutputError, StoreError, TrainingError
 from revq.models.codebooks import load_codebooks
 from revq.models.quantizer import MultiGroupQuantizer
 from revq.stages import frozen_table
@@ -361,3 +361,9 @@ def test_a_run_of_other_settings_is_kept(small_store: Path, small_codebooks: Pat
 def test_settings_out_of_range_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(changes))):
         config(Path("store"), Path("codebooks"), Path("out"), **changes)
+
+
+def test_a_validation_split_that_was_named_and_is_not_there_is_an_error(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r'has no split "vall" to validate on, only train, val'):
+        run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", val_split="vall")))
+    assert not (tmp_path / "run").exists()

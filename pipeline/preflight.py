@@ -1,0 +1,47 @@
+"""What a later stage of a run would find missing, found before the first one begins: hours of encoding must not end in a mistyped path."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from ..cache.sources import open_source
+from ..cache.store import LatentStore
+from ..errors import StoreError
+from ..models.device import pick_device
+from ..models.kmeans import pick_backend
+from ..models.vae import FrozenVAE
+from ..stages.encode_latents import EncodeLatentsConfig
+from ..stages.fit_codebooks import check_tokens
+from ..stages.objectives import find_lpips
+from ..stages.training_data import check_ranks
+from ..stages.weights import INCEPTION, find_weights
+from .config import Plan
+
+
+def check_plan(plan: Plan, *, overwrite: bool) -> None:
+    """Open or find every input of every stage but the training images, which the first stage opens anyway.
+
+    (Whether there are latents enough for the codes is known after encoding; where there are too few, that was short.)
+
+    Raises:
+        RevqError: what the stage itself would raise.
+    """
+    for config in (plan.encode_train, plan.fit, plan.train, plan.evaluate):
+        pick_device(config.device)
+    pick_backend(plan.fit.backend, pick_device(plan.fit.device))
+    check_ranks(plan.train)
+    if plan.train.width and plan.train.finish_steps and plan.train.finish_lpips:
+        find_lpips(plan.encode_train.image_size)
+    if plan.evaluate.inception_weights is not None:
+        find_weights(INCEPTION, path=plan.evaluate.inception_weights, download=False)
+    for images in sorted({plan.evaluate.images, *([plan.encode_val.images] if plan.encode_val else [])}):
+        open_source(images)
+    check_tokens(plan.fit, _latent_shape(plan.encode_train, overwrite))
+
+
+def _latent_shape(config: EncodeLatentsConfig, overwrite: bool) -> tuple[int, int, int]:
+    """(C,H,W) of the store that is there to stay, else of the VAE, which must encode and decode images of this size."""
+    if not overwrite:
+        with suppress(StoreError):
+            return LatentStore.open(config.store).encoding.latent_shape
+    return FrozenVAE.load(config.vae, device=pick_device(config.device)).latent_shape(config.image_size)
