@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import TokenizerError
 from ..files import write_bytes, write_json
+from ..lock import naming_writer, writer_of
 from .quantizer import MultiGroupQuantizer
 from .rectifier import Rectifier
 from .refine import refine_tokens
@@ -77,12 +78,8 @@ class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
             TokenizerError: no tokenizer there, or a damaged one.
             MismatchError: the given VAE is another one.
         """
-        try:
-            tokenizer: ReVQTokenizer = super().from_pretrained(str(path), **hub_options)
-        except TokenizerError:
-            raise
-        except Exception as error:  # the hub client has its own errors, for a name that is no folder and cannot be downloaded
-            raise TokenizerError(f"no tokenizer at {path}: no such folder, and not to be had from the model hub ({_one_line(error)})") from error
+        with naming_writer(path, lambda: writer_of(path)):
+            tokenizer = cls._find(path, hub_options)
         tokenizer.to(device)
         if isinstance(vae, FrozenVAE):
             vae.require(tokenizer.vae_identity)
@@ -90,6 +87,16 @@ class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
         else:
             tokenizer._vae_spec = vae
         return tokenizer
+
+    @classmethod
+    def _find(cls, path: str | Path, hub_options: dict[str, Any]) -> ReVQTokenizer:
+        try:
+            found: ReVQTokenizer = super().from_pretrained(str(path), **hub_options)
+        except TokenizerError:
+            raise
+        except Exception as error:  # the hub client has its own errors, for a name that is no folder and cannot be downloaded
+            raise TokenizerError(f"no tokenizer at {path}: no such folder, and not to be had from the model hub ({_one_line(error)})") from error
+        return found
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, **hub_options: Any) -> ReVQTokenizer:

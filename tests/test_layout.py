@@ -14,10 +14,10 @@ import revq
 
 ROOT = Path(revq.__file__).parent
 ALLOWED = {
-    "cache": {"cache", "errors", "files"},
-    "models": {"models", "errors", "files"},
-    "stages": {"stages", "models", "cache", "errors", "files"},
-    "pipeline": {"pipeline", "stages", "models", "cache", "errors", "files"},
+    "cache": {"cache", "errors", "files", "lock"},
+    "models": {"models", "errors", "files", "lock"},
+    "stages": {"stages", "models", "cache", "errors", "files", "lock"},
+    "pipeline": {"pipeline", "stages", "models", "cache", "errors", "files", "lock"},
 }
 
 
