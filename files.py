@@ -117,7 +117,7 @@ def parse_json(data: bytes | None) -> dict[str, Any] | None:
 
 
 def sizes_under(folder: Path | str) -> dict[str, int]:
-    """Size in bytes of every file at any depth of a folder, by its sorted path below it. What vanishes meanwhile is left out: it may be being written."""
+    """Size in bytes of every file at any depth of a folder, by its sorted path below it; what vanishes meanwhile, under a writer, is left out."""
     sizes = {}
     for place, _, names in os.walk(folder):
         for name in names:

@@ -117,8 +117,8 @@ class Lease:
         if self._object.creates:
             return None
         return (
-            f"{self._place}: this store does not refuse to create what is there already, so two writers that start together may both go on, for at most "
-            f"{_RENEW_S:.0f} s, until one of them is stopped; see to it that only one writes"
+            f"{self._place}: this store does not refuse to create what is there already, so two writers that start together may both go on, "
+            f"for at most {_RENEW_S:.0f} s, until one of them is stopped; see to it that only one writes"
         )
 
     def take(self) -> None:

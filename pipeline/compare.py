@@ -59,7 +59,9 @@ def _read(name: str) -> dict[str, Any]:
     with naming_writer(name, lambda: writer_of(folder)):
         metrics = read_json(folder / METRICS_NAME)
         if metrics is None or "rows" not in metrics:
-            raise OutputError(f"{name} holds no finished evaluation ({METRICS_NAME} is missing or is none); give the folder of a finished revq evaluate")
+            raise OutputError(
+                f"{name} holds no finished evaluation ({METRICS_NAME} is missing or is none); give the folder of a finished revq evaluate"
+            )
     return metrics
 
 

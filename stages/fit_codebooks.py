@@ -48,7 +48,7 @@ from ..models.vae import FrozenVAE
 from . import ranks
 from .code_usage import count_codes, summarize_usage, write_usage
 from .events import Advance, Begin, Event, Note, Result
-from .output_folder import OutputFolder, note_on_writer, output_folder
+from .output_folder import OutputFolder, output_folder
 
 Latents = ResidentLatents | StreamingLatents  # whichever memory allows: they are only read through, once for each block of tokens
 _BLOCK_BYTES = 256 << 20

@@ -52,6 +52,12 @@ def test_only_the_command_line_and_the_progress_print() -> None:
             assert not prints or path.name == "progress.py", f"{package}/{path.name} prints"
 
 
+def test_a_folder_is_claimed_only_where_it_is_held() -> None:
+    """`stages/output_folder.py` is the one place that may, so that no command forgets the lock."""
+    callers = {path.name for package in ALLOWED for path in modules(package) if "claim_output" in path.read_text()}
+    assert callers == {"output_folder.py"}
+
+
 def test_every_package_is_listed_for_installation() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     there = {f"revq.{path.parent.name}" for path in ROOT.glob("*/__init__.py")}

@@ -190,9 +190,7 @@ def test_a_holder_that_could_not_renew_stops_where_another_has_taken_the_lease_a
 
 
 @pytest.mark.usefixtures("brief")
-def test_a_holder_that_was_cut_off_for_longer_than_the_lease_goes_on_where_nobody_came(
-    proxies: list[Proxy], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_holder_that_was_cut_off_for_longer_than_the_lease_goes_on_where_nobody_came(proxies: list[Proxy], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = through(proxies[0], monkeypatch)
     with folder.locked("mine"):
         proxies[0].rule = lambda request: FORBIDDEN if request.puts_lease else proxies[0].forward(request)
@@ -348,7 +346,11 @@ def test_a_torn_lease_holds_nothing(bucket: str) -> None:
 
 def test_an_error_in_the_block_is_told_though_the_store_is_gone_too(proxies: list[Proxy], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = through(proxies[0], monkeypatch)
-    with pytest.raises(ZeroDivisionError), folder.locked("mine"):
+
+    def fail() -> None:
         proxies[0].rule = lambda request: FORBIDDEN
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), folder.locked("mine"):
+        fail()
     assert not [thread for thread in threading.enumerate() if thread.name == "revq-lease"]

@@ -110,8 +110,8 @@ def test_who_holds_a_tree_holds_the_folders_in_it_and_cannot_hold_it_over_a_fold
             with pytest.raises(HeldError, match=f"run is being written by another process: process {process.pid} "), hold_folder(folder, "mine"):
                 pass
         assert writer_of(tmp_path / "run" / "codebooks") is None  # what the run has made may be read without a word
-    with another_holding(tmp_path / "run" / "rectifier") as process, pytest.raises(HeldError, match=f"rectifier is being .* {process.pid} "):
-        with hold_folder(tmp_path / "run", "mine", tree=True):
+    with another_holding(tmp_path / "run" / "rectifier") as process:
+        with pytest.raises(HeldError, match=f"rectifier is being .* {process.pid} "), hold_folder(tmp_path / "run", "mine", tree=True):
             pass
     with hold_folder(tmp_path / "run", "mine", tree=True), hold_folder(tmp_path / "run" / "rectifier", "mine too"):
         pass
@@ -120,11 +120,14 @@ def test_who_holds_a_tree_holds_the_folders_in_it_and_cannot_hold_it_over_a_fold
 
 
 def test_an_error_of_reading_names_the_writer_where_there_is_one(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"^torn$"), naming_writer(tmp_path, lambda: writer_of(tmp_path)):
-        raise StoreError("torn")
-    with another_holding(tmp_path) as process, pytest.raises(StoreError, match=rf"being written by .* {who(process)}; wait .* \(torn\)$"):
+    def read() -> None:
         with naming_writer(tmp_path, lambda: writer_of(tmp_path)):
             raise StoreError("torn")
+
+    with pytest.raises(StoreError, match=r"^torn$"):
+        read()
+    with another_holding(tmp_path) as process, pytest.raises(StoreError, match=rf"being written by .* {who(process)}; wait .* \(torn\)$"):
+        read()
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
