@@ -28,7 +28,7 @@ _SETTLE_S = 2.0
 _PATIENCE_S = 10.0
 _CREATING = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})  # their pipe_file(mode="create") is the store's own exclusive create
 _SWAPPING = frozenset({"s3", "s3a"})
-_REFUSALS = {404, 409, 412}
+_REFUSALS = {409, 412}
 
 
 class LeaseObject:
@@ -65,7 +65,7 @@ class LeaseObject:
         there, now = self.look()
         if there == data:
             return now or ""
-        if failure is not None and not _is_refusal(failure):
+        if failure is not None and not _is_refusal(failure, new=new):
             raise self._told_error(failure) from failure
         return None
 
@@ -94,7 +94,7 @@ class LeaseObject:
         try:
             self._write(data, version, new=new)
         except Exception as error:
-            if _is_refusal(error):
+            if _is_refusal(error, new=new):
                 return True
             raise self._told_error(error) from error
         return False
@@ -127,19 +127,14 @@ class Lease:
         Raises:
             OutputError: another process holds it, or the store cannot be reached.
         """
-        there, self._version = self._object.look()
-        holder = parse_holder(there)
-        if _holds(holder):
-            raise self._refusal(holder)
-        if not self._put(new=there is None):
-            raise self._refusal(parse_holder(self._object.look()[0]))
-        written = self._content
-        self._object.try_out(written)
-        if not self._object.creates or (there is not None and not self._object.swaps):
+        before = self._refuse_held()
+        while not self._put(new=before is None):  # another was faster, and may be done already
+            before = self._refuse_held()
+        self._object.try_out(self._content)
+        if not self._object.creates or (before is not None and not self._object.swaps):
             time.sleep(_SETTLE_S)
-        there, self._version = self._object.look()  # trying out may have written the same once more
-        if there != written:
-            raise self._refusal(parse_holder(there))
+        if not self._stands():
+            raise self._refusal(parse_holder(self._object.look()[0]))
 
     def check(self) -> None:
         """Return where the lease is held for certain; called before each write.
@@ -158,13 +153,15 @@ class Lease:
             OutputError: see `check`. Only a lease that was taken is lost for good.
         """
         with self._renewing:
-            if self._lost is None and not (self._stands() and self._put(new=False)):
+            while self._lost is None and self._stands():
+                if self._put(new=False):
+                    return
+            if self._lost is None:
                 thief = parse_holder(self._object.look()[0])
                 who = being_written(self._place, told(thief)) if thief else f"the hold of {self._place} was removed"
                 mend = "this one stops, since its hold could not be renewed in time; what it finished is kept, the same command continues"
                 self._lost = HeldError(f"{who}; {mend}")
-            if self._lost is not None:
-                raise self._lost
+            raise self._lost
 
     def keep(self, stop: threading.Event) -> None:
         """Renew until `stop`, or until the lease is lost. A renewal that fails is tried again; whoever writes meanwhile is told by `check`."""
@@ -184,6 +181,14 @@ class Lease:
                     self._object.remove(self._version)
                 except Exception:  # some stores cannot remove one version: what ran out holds nothing either
                     self._object.put(json.dumps({**self._mine, "expires": 0}).encode(), self._version, new=False)
+
+    def _refuse_held(self) -> bytes | None:
+        """The lease that is there, which nobody holds; None where there is none."""
+        there, self._version = self._object.look()
+        holder = parse_holder(there)
+        if _holds(holder):
+            raise self._refusal(holder)
+        return there
 
     def _put(self, *, new: bool) -> bool:
         """Write the lease anew on that condition; whether it stands."""
@@ -247,9 +252,10 @@ def _holds(holder: dict[str, Any]) -> bool:
     return bool(holder) and float(holder.get("expires", 0)) > time.time() and not is_gone(holder)
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether a store answered that a condition does not hold."""
-    if isinstance(error, FileExistsError | FileNotFoundError):
+def _is_refusal(error: Exception, *, new: bool) -> bool:
+    """Whether a store answered that the condition of a write does not hold: it is there already, or (not `new`) is another or gone."""
+    if isinstance(error, FileExistsError):
         return True
-    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None) or {}
-    return response.get("ResponseMetadata", {}).get("HTTPStatusCode") in _REFUSALS if isinstance(response, dict) else False
+    response = getattr(error.__cause__, "response", None)
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+    return status in _REFUSALS or (not new and isinstance(error, FileNotFoundError))

@@ -101,7 +101,7 @@ def slow_puts(proxy: Proxy, seconds: float) -> Callable[[Request], Answer]:
     return rule
 
 
-@pytest.mark.parametrize("slow", [(0.5, 0.0), (0.0, 0.5), (0.5, 0.7)], ids=["the first slow", "the second slow", "both slow"])
+@pytest.mark.parametrize("slow", [(0.0, 0.5), (0.5, 0.7)], ids=["one slow", "both slow"])
 def test_of_two_processes_whose_puts_are_slow_exactly_one_holds_the_store(proxies: list[Proxy], slow: tuple[float, float]) -> None:
     for proxy, seconds in zip(proxies, slow, strict=True):
         proxy.rule = slow_puts(proxy, seconds)
@@ -271,7 +271,7 @@ def test_a_lease_is_renewed_in_the_background_through_failures(proxies: list[Pro
 
     with first.locked("first"):
         proxies[0].rule = rule
-        until = time.monotonic() + 2.5
+        until = time.monotonic() + 1.8
         while time.monotonic() < until:
             with pytest.raises(HeldError, match=r"\(first\)"), second.locked("second"):
                 pass
@@ -334,6 +334,11 @@ def test_a_lease_of_another_machine_holds_until_it_runs_out_and_one_of_a_process
     plant(bucket, {**holder, "pid": ended.pid, "token": "t", "machine": "another of the same name"})
     with pytest.raises(HeldError), folder.locked("mine"):
         pass
+
+
+def test_a_bucket_that_is_not_there_is_not_taken_for_one_that_is_held(bucket: str) -> None:
+    with pytest.raises(OutputError, match=r"s3://nowhere/s cannot be reached or written .*bucket does not exist"):
+        open_folder("s3://nowhere/s").locked("mine").__enter__()
 
 
 def test_a_torn_lease_holds_nothing(bucket: str) -> None:

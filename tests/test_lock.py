@@ -110,9 +110,8 @@ def test_who_holds_a_tree_holds_the_folders_in_it_and_cannot_hold_it_over_a_fold
             with pytest.raises(HeldError, match=f"run is being written by another process: process {process.pid} "), hold_folder(folder, "mine"):
                 pass
         assert writer_of(tmp_path / "run" / "codebooks") is None  # what the run has made may be read without a word
-    with another_holding(tmp_path / "run" / "rectifier") as process:
-        with pytest.raises(HeldError, match=f"rectifier is being .* {process.pid} "), hold_folder(tmp_path / "run", "mine", tree=True):
-            pass
+    with another_holding(tmp_path / "run" / "rectifier") as process, pytest.raises(HeldError, match=f"rectifier is being .* {process.pid} "):
+        hold_folder(tmp_path / "run", "mine", tree=True).__enter__()
     with hold_folder(tmp_path / "run", "mine", tree=True), hold_folder(tmp_path / "run" / "rectifier", "mine too"):
         pass
     with another_holding(tmp_path / "run"), hold_folder(tmp_path / "run" / "evaluation", "mine"):
