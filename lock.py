@@ -58,11 +58,17 @@ def hold_folder(path: Path | str, purpose: str, *, tree: bool = False) -> Iterat
                 folder.rmdir()
 
 
-def writer_of(path: Path | str) -> str | None:
-    """The other process that is writing a local folder, or the run folder around it, as `told` tells it; None where there is none."""
+def writer_of(path: Path | str, *, around: bool = False) -> str | None:
+    """The other process that is writing a local folder, as `told` tells it; None where there is none.
+
+    Args:
+        around: or the folder that it is in, as train-rectifier writes that of the tokenizer.
+    """
     path = Path(path).absolute()
-    around = _other_holder(path.parent / LOCK_NAME) or {}
-    holder = _other_holder(path / LOCK_NAME) or (None if around.get("tree") else around)
+    holder = _other_holder(path / LOCK_NAME)
+    if holder is None and around:
+        outer = _other_holder(path.parent / LOCK_NAME)
+        holder = None if outer is None or outer.get("tree") else outer
     return told(holder) if holder else None
 
 

@@ -78,7 +78,7 @@ class ReVQTokenizer(nn.Module, PyTorchModelHubMixin):
             TokenizerError: no tokenizer there, or a damaged one.
             MismatchError: the given VAE is another one.
         """
-        with naming_writer(path, lambda: writer_of(path)):
+        with naming_writer(path, lambda: writer_of(path, around=True)):
             tokenizer = cls._find(path, hub_options)
         tokenizer.to(device)
         if isinstance(vae, FrozenVAE):

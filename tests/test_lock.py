@@ -100,8 +100,8 @@ def test_only_another_process_counts_as_a_writer_and_that_of_a_run_counts_for_th
         assert writer_of(tmp_path) is None
     with another_holding(tmp_path) as process:
         assert str(process.pid) in str(writer_of(tmp_path))
-        assert str(process.pid) in str(writer_of(tmp_path / "tokenizer"))
-        assert writer_of(tmp_path / "tokenizer" / "deeper") is None
+        assert str(process.pid) in str(writer_of(tmp_path / "tokenizer", around=True))
+        assert writer_of(tmp_path / "evaluation") is None
 
 
 def test_who_holds_a_tree_holds_the_folders_in_it_and_cannot_hold_it_over_a_folder_that_is_held(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_who_holds_a_tree_holds_the_folders_in_it_and_cannot_hold_it_over_a_fold
         for folder in (tmp_path / "run", tmp_path / "run" / "rectifier", tmp_path / "run" / "a" / "b"):
             with pytest.raises(HeldError, match=f"run is being written by another process: process {process.pid} "), hold_folder(folder, "mine"):
                 pass
-        assert writer_of(tmp_path / "run" / "codebooks") is None  # what the run has made may be read without a word
+        assert writer_of(tmp_path / "run" / "codebooks", around=True) is None  # what the run has made may be read without a word
     with another_holding(tmp_path / "run" / "rectifier") as process, pytest.raises(HeldError, match=f"rectifier is being .* {process.pid} "):
         hold_folder(tmp_path / "run", "mine", tree=True).__enter__()
     with hold_folder(tmp_path / "run", "mine", tree=True), hold_folder(tmp_path / "run" / "rectifier", "mine too"):
