@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -157,6 +158,10 @@ class LatentSplit:
         """One Arrow row for each row: see `revq.cache.manifest.SCHEMA`. Raises StoreError where it is damaged."""
         return parse_manifest(self.read_file(manifest_key(self.name)))
 
+    def reading(self) -> AbstractContextManager[None]:
+        """A StoreError in the block says who is writing the store, where somebody is."""
+        return naming_writer(self._folder.name, self._folder.writer)
+
     def read_file(self, key: str) -> bytes:
         """A file of this split that its attributes hold the SHA-256 of, checked; `key` is its path in the store.
 
@@ -166,7 +171,7 @@ class LatentSplit:
         data = self._folder.read(key)
         if data is None or hashlib.sha256(data).hexdigest() != self.attributes["files_sha256"].get(key):
             state = "missing" if data is None else "not what was written"
-            with naming_writer(self._folder.name, self._folder.writer):
+            with self.reading():
                 raise StoreError(f'split "{self.name}" of {self._folder.name} is damaged: {key} is {state}; encode it again with --overwrite')
         return data
 
@@ -182,7 +187,7 @@ class LatentSplit:
         except Exception as error:  # a failed checksum is a ValueError, a cut file a RuntimeError, and Zstd has its own
             reason = " ".join(str(error).split())[:160]
             where = f'split "{self.name}" of {self._folder.name}'
-            with naming_writer(self._folder.name, self._folder.writer):
+            with self.reading():
                 raise StoreError(f"{where} is damaged: its array {name} cannot be read ({reason}); encode it again with --overwrite") from error
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,11 @@ from typing import Any
 
 import pytest
 from test_evaluate import flat_folder
+from test_lock import another_holding
 
-from revq.errors import HeldError, RevqError
+from revq.cache.batches import ResidentLatents, StreamingLatents
+from revq.cache.store import LatentStore
+from revq.errors import HeldError, RevqError, StoreError
 from revq.files import LOCK_NAME
 from revq.lock import hold_folder
 from revq.models.codebooks import load_codebooks
@@ -214,14 +218,25 @@ def test_a_run_does_not_do_anew_what_another_process_is_writing(imagenet_sample:
 
 def test_an_evaluation_of_a_run_that_is_being_trained_on_says_so(small_run: Path, imagenet_sample: Path, tmp_path: Path) -> None:
     images = flat_folder(tmp_path / "images", imagenet_sample, 2)
-    holder = "import sys\nfrom revq.lock import hold_folder\nwith hold_folder(sys.argv[1], 'train-rectifier'):\n    print(flush=True)\n    input()"
-    with subprocess.Popen([sys.executable, "-c", holder, str(small_run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
+    with another_holding(small_run) as process:
         config = EvaluateConfig(tokenizer=str(small_run), images=str(images), out=str(tmp_path / "out"), download=False, tolerance_images=0)
         notes = [event.text for event in evaluate(config) if isinstance(event, Note)]
-        process.communicate(input="\n")
     assert any(f"being written by another process: process {process.pid} " in text and "reads what is there now" in text for text in notes)
+
+
+def test_whoever_reads_a_store_while_it_is_replaced_is_told_that_it_is_being_written(small_store: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_store, tmp_path / "s")
+    split = LatentStore.open(tmp_path / "s")["train"]
+    stream = StreamingLatents(split)
+    shutil.rmtree(tmp_path / "s" / "train")
+    readings: list[Callable[[], object]] = [split.manifest, lambda: ResidentLatents(split), lambda: list(stream.sequential(8))]
+    with another_holding(tmp_path / "s") as process:
+        (tmp_path / "s" / "manifest" / "train.parquet").unlink()
+        for read in readings:
+            with pytest.raises(StoreError, match=f"s is being written by another process: process {process.pid} "):
+                read()
+        with pytest.raises(StoreError, match=f"{process.pid} .*has no split"):
+            LatentStore.open(tmp_path / "s")["train"]
 
 
 @pytest.mark.parametrize("end", ["closed", "interrupted", "failed"])
