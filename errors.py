@@ -37,5 +37,9 @@ class OutputError(RevqError):
     """An output folder that holds something else, cannot be written, or is on a full disk."""
 
 
+class HeldError(OutputError):
+    """An output folder that another process is writing."""
+
+
 class TrainingError(RevqError):
     """Training had to stop: the loss is not finite, or no checkpoint can be read."""

@@ -5,6 +5,7 @@ Every output folder of revq has a `config.json` with its `kind` and the `identit
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -18,6 +19,7 @@ from typing import Any
 from .errors import OutputError
 
 CONFIG_NAME = "config.json"
+LOCK_NAME = "writer.lock"  # see lock.py
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -114,6 +116,17 @@ def parse_json(data: bytes | None) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def sizes_under(folder: Path | str) -> dict[str, int]:
+    """Size in bytes of every file at any depth of a folder, by its sorted path below it; what vanishes meanwhile, under a writer, is left out."""
+    sizes = {}
+    for place, _, names in os.walk(folder):
+        for name in names:
+            file = Path(place, name)
+            with contextlib.suppress(FileNotFoundError):
+                sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
+    return dict(sorted(sizes.items()))
+
+
 def output_kind(path: Path | str) -> str | None:
     """The `kind` that a revq output folder declares in its config.json; None where it declares none."""
     config = read_json(Path(path) / CONFIG_NAME)
@@ -123,6 +136,8 @@ def output_kind(path: Path | str) -> str | None:
 
 def claim_output(path: Path | str, *, kind: str, identity: Mapping[str, Any], overwrite: bool = False) -> bool:
     """Make `path` the output folder of one run: new, or the same run's (to be resumed), or (overwrite) emptied of an older run.
+
+    For `stages.output_folder` alone, which holds the folder's lock meanwhile.
 
     Args:
         kind: what the folder holds, such as "revq-codebooks".
@@ -140,7 +155,7 @@ def claim_output(path: Path | str, *, kind: str, identity: Mapping[str, Any], ov
     if path.exists() and not path.is_dir():
         raise OutputError(f"the output must be a folder, but {path} is a file; choose another path")
     entries = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    entries = [name for name in entries if not name.endswith(".tmp")]
+    entries = [name for name in entries if name != LOCK_NAME and not name.endswith(".tmp")]
     if entries:
         config = read_json(path / CONFIG_NAME) or {}
         if config.get("kind") != kind:
@@ -153,6 +168,8 @@ def claim_output(path: Path | str, *, kind: str, identity: Mapping[str, Any], ov
             raise OutputError(f"{path} holds {kind} made with other settings ({differences}); choose another folder or pass --overwrite")
         with disk_errors(path):
             for entry in path.iterdir():
+                if entry.name == LOCK_NAME:
+                    continue
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     write_json(path / CONFIG_NAME, {"kind": kind, "identity": identity})
     return False

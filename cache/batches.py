@@ -107,7 +107,7 @@ class ResidentLatents:
         reader = ShardReader(split.latents, split.name)
         order = np.argsort(self.rows, kind="stable")
         groups = np.split(order, _shard_cuts(self.rows[order], reader.shard_rows))
-        with ThreadPoolExecutor(min(_readers(), len(groups)), thread_name_prefix="revq-latents") as pool:
+        with split.reading(), ThreadPoolExecutor(min(_readers(), len(groups)), thread_name_prefix="revq-latents") as pool:
             try:
                 for future in [pool.submit(self._read_shard, reader, group) for group in groups]:
                     future.result()
@@ -173,7 +173,7 @@ class StreamingLatents:
         self.rows = np.unique(_ok_rows(split, rows))
         self.device = torch.device(device)
         self.latent_shape = tuple(split.latents.shape[1:])
-        self._reader = ShardReader(split.latents, split.name)
+        self._reader, self._reading = ShardReader(split.latents, split.name), split.reading
         self.dtype = self._reader.dtype
         self._readers = readers or _readers()
         cuts = _shard_cuts(self.rows, self._reader.shard_rows)
@@ -210,7 +210,8 @@ class StreamingLatents:
 
     def read(self, positions: range, out: NDArray[Any]) -> None:
         """Fill `out` with the latents at these positions, which lie in one shard; raises StoreError."""
-        self._reader.read(self.rows[positions.start : positions.stop], out)
+        with self._reading():
+            self._reader.read(self.rows[positions.start : positions.stop], out)
 
     def _halves(self, shards: NDArray[np.int64]) -> list[list[range]]:
         """What fills one half of the buffer at a time: the positions of its shards, in the order given."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 
 from ..errors import StoreError
 from ..files import is_sealed, parse_json, sha256_json
+from ..lock import naming_writer
 from .manifest import parse_manifest
 from .store_folder import StoreFolder, open_folder
 
@@ -156,6 +158,10 @@ class LatentSplit:
         """One Arrow row for each row: see `revq.cache.manifest.SCHEMA`. Raises StoreError where it is damaged."""
         return parse_manifest(self.read_file(manifest_key(self.name)))
 
+    def reading(self) -> AbstractContextManager[None]:
+        """A StoreError in the block says who is writing the store, where somebody is."""
+        return naming_writer(self._folder.name, self._folder.writer)
+
     def read_file(self, key: str) -> bytes:
         """A file of this split that its attributes hold the SHA-256 of, checked; `key` is its path in the store.
 
@@ -165,7 +171,8 @@ class LatentSplit:
         data = self._folder.read(key)
         if data is None or hashlib.sha256(data).hexdigest() != self.attributes["files_sha256"].get(key):
             state = "missing" if data is None else "not what was written"
-            raise StoreError(f'split "{self.name}" of {self._folder.name} is damaged: {key} is {state}; encode it again with --overwrite')
+            with self.reading():
+                raise StoreError(f'split "{self.name}" of {self._folder.name} is damaged: {key} is {state}; encode it again with --overwrite')
         return data
 
     def _array(self, name: str) -> zarr.Array:
@@ -180,7 +187,8 @@ class LatentSplit:
         except Exception as error:  # a failed checksum is a ValueError, a cut file a RuntimeError, and Zstd has its own
             reason = " ".join(str(error).split())[:160]
             where = f'split "{self.name}" of {self._folder.name}'
-            raise StoreError(f"{where} is damaged: its array {name} cannot be read ({reason}); encode it again with --overwrite") from error
+            with self.reading():
+                raise StoreError(f"{where} is damaged: its array {name} cannot be read ({reason}); encode it again with --overwrite") from error
 
 
 class LatentStore:
@@ -201,7 +209,8 @@ class LatentStore:
         folder = open_folder(path)
         if not folder.exists():
             raise StoreError(f"latent store {path} does not exist; make it with: revq encode-latents IMAGES {path}")
-        return cls(folder, Encoding.from_attributes(store_attributes(folder)))
+        with naming_writer(path, folder.writer):
+            return cls(folder, Encoding.from_attributes(store_attributes(folder)))
 
     @property
     def path(self) -> str:
@@ -227,12 +236,13 @@ class LatentStore:
         Raises:
             StoreError: there is no such split, or its encoding has not finished.
         """
-        found = split_attributes(self.folder)
-        if name not in found:
-            there = ", ".join(self.splits) or "no complete one"
-            raise StoreError(f'latent store {self.path} has no split "{name}" (there: {there}); add it with encode-latents --split {name}')
-        if not found[name]["complete"]:
-            raise StoreError(f'split "{name}" of {self.path} is not finished; give the same encode-latents command again to finish it')
+        with naming_writer(self.path, self.folder.writer):
+            found = split_attributes(self.folder)
+            if name not in found:
+                there = ", ".join(name for name, each in found.items() if each["complete"]) or "no complete one"
+                raise StoreError(f'latent store {self.path} has no split "{name}" (there: {there}); add it with encode-latents --split {name}')
+            if not found[name]["complete"]:
+                raise StoreError(f'split "{name}" of {self.path} is not finished; give the same encode-latents command again to finish it')
         return LatentSplit(self.folder, name, self.encoding, found[name])
 
 

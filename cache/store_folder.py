@@ -22,11 +22,11 @@ from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore
 
 from ..errors import OutputError, StoreError
-from ..files import disk_errors, replacing
-from .lock import lease, lock_file
+from ..files import LOCK_NAME, disk_errors, replacing, sizes_under
+from ..lock import hold_folder, writer_of
+from .lease import Lease, LeaseObject, hold_lease, lease_writer
 
 _TEMPORARY = ("*.partial", "*.tmp")  # zarr's and ours, left by a killed process
-_LOCK = "writer.lock"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -77,8 +77,16 @@ class StoreFolder(ABC):
         """A folder as a Zarr store, for reading."""
 
     @abstractmethod
-    def locked(self, purpose: str) -> AbstractContextManager[None]:
-        """Hold the folder for writing as long as the block runs; `purpose` is told to whoever comes second. Raises OutputError where it is held."""
+    def locked(self, purpose: str) -> AbstractContextManager[str | None]:
+        """Hold the folder for writing as long as the block runs; `purpose` is told to whoever comes second. Raises OutputError where it is held.
+
+        Yields what a user must know where a second writer cannot be excluded for certain, else None. Where the hold is lost on the way, every
+        write raises OutputError.
+        """
+
+    @abstractmethod
+    def writer(self) -> str | None:
+        """The other process that holds the folder for writing, as `lock.told` tells it; None where there is none."""
 
 
 class LocalFolder(StoreFolder):
@@ -112,12 +120,14 @@ class LocalFolder(StoreFolder):
                 path.unlink(missing_ok=True)
 
     def children(self, key: str = "") -> list[str]:
-        folder = self.root / key
-        return sorted(entry.name for entry in folder.iterdir() if not _is_temporary(entry)) if folder.is_dir() else []
+        try:
+            return sorted(name for name in os.listdir(self.root / key) if not _is_temporary(Path(name)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def sizes(self, key: str = "") -> dict[str, int]:
-        files = [file for file in (self.root / key).rglob("*") if file.is_file() and not _is_temporary(file)]
-        return {file.relative_to(self.root).as_posix(): file.stat().st_size for file in sorted(files)}
+        sizes = sizes_under(self.root / key)
+        return {f"{key}/{name}".lstrip("/"): size for name, size in sizes.items() if not _is_temporary(Path(name))}
 
     def is_file(self) -> bool:
         return self.root.exists() and not self.root.is_dir()
@@ -134,11 +144,12 @@ class LocalFolder(StoreFolder):
         return LocalStore(self.root / key, read_only=True)
 
     @contextmanager
-    def locked(self, purpose: str) -> Iterator[None]:
-        with disk_errors(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-        with lock_file(self.root / _LOCK, purpose):
-            yield
+    def locked(self, purpose: str) -> Iterator[str | None]:
+        with hold_folder(self.root, purpose):
+            yield None
+
+    def writer(self) -> str | None:
+        return writer_of(self.root)
 
 
 def _told(method: F) -> F:
@@ -148,6 +159,8 @@ def _told(method: F) -> F:
     def wrapped(self: RemoteFolder, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
+        except OutputError:
+            raise
         except Exception as error:
             raise _remote_error(self.name, error) from error
 
@@ -161,6 +174,7 @@ class RemoteFolder(StoreFolder):
         """Raises StoreError where the URL's protocol is unknown or its package is not installed."""
         self.name = url.rstrip("/")
         self._fs, self._root = open_filesystem(self.name)
+        self._lease: Lease | None = None
 
     @_told
     def read(self, key: str) -> bytes | None:
@@ -171,6 +185,7 @@ class RemoteFolder(StoreFolder):
 
     @_told
     def write(self, key: str, data: bytes) -> None:
+        self._check_lease()
         self._fs.pipe_file(self._prepared(key), data)
 
     @contextmanager
@@ -182,10 +197,12 @@ class RemoteFolder(StoreFolder):
 
     @_told
     def _upload(self, local: str, key: str) -> None:
+        self._check_lease()
         self._fs.put_file(local, self._prepared(key))
 
     @_told
     def remove(self, key: str) -> None:
+        self._check_lease()
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm(self._path(key), recursive=True)
 
@@ -196,13 +213,13 @@ class RemoteFolder(StoreFolder):
         except (FileNotFoundError, NotADirectoryError):
             return []
         names = {path.rstrip("/").rsplit("/", 1)[-1] for path in found if path.rstrip("/") != self._path(key)}
-        return sorted(names - {_LOCK, ""})
+        return sorted(names - {LOCK_NAME, ""})
 
     @_told
     def sizes(self, key: str = "") -> dict[str, int]:
         found = self._fs.find(self._path(key), detail=True)
         keys = {path.removeprefix(self._root).lstrip("/"): int(info["size"] or 0) for path, info in found.items()}
-        return {key: keys[key] for key in sorted(keys) if key != _LOCK}
+        return {key: keys[key] for key in sorted(keys) if key != LOCK_NAME}
 
     @_told
     def is_file(self) -> bool:
@@ -220,12 +237,25 @@ class RemoteFolder(StoreFolder):
         return FsspecStore(fs=AsyncFileSystemWrapper(self._fs, asynchronous=True), path=self._path(key), read_only=True)
 
     @contextmanager
-    def locked(self, purpose: str) -> Iterator[None]:
-        def read() -> bytes | None:
-            return self.read(_LOCK)
+    def locked(self, purpose: str) -> Iterator[str | None]:
+        with hold_lease(self.name, self._lease_object(writing=True), purpose) as self._lease:
+            try:
+                yield self._lease.note
+            finally:
+                self._lease = None
 
-        with lease(f"{self.name}/{_LOCK}", purpose, read=read, write=lambda data: self.write(_LOCK, data), remove=lambda: self.remove(_LOCK)):
-            yield
+    @_told
+    def writer(self) -> str | None:
+        return lease_writer(self._lease_object())
+
+    @_told
+    def _lease_object(self, *, writing: bool = False) -> LeaseObject:
+        path = self._prepared(LOCK_NAME) if writing else self._path(LOCK_NAME)
+        return LeaseObject(self._fs, path, lambda error: _remote_error(self.name, error))
+
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}" if key else self._root
@@ -284,7 +314,7 @@ def _remote_error(name: str, error: Exception) -> OutputError:
 
 
 def _is_temporary(path: Path) -> bool:
-    return path.name == _LOCK or any(path.match(pattern) for pattern in _TEMPORARY)
+    return path.name == LOCK_NAME or any(path.match(pattern) for pattern in _TEMPORARY)
 
 
 def local_root(folder: StoreFolder) -> Path | None:

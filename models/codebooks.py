@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import CodebookError
 from ..files import read_json, sha256_json, write_bytes
+from ..lock import naming_writer, writer_of
 from .transform import LatentTransform, blank_transform
 from .weight_keys import compare_weights
 
@@ -58,10 +59,15 @@ def load_codebooks(folder: str | Path) -> Codebooks:
     """Read a codebooks folder.
 
     Raises:
-        CodebookError: there is none, its fit is not finished, it is damaged or not all there, holds codes that are not finite, or is
-            not of the fit in config.json.
+        CodebookError: there is none, its fit is not finished (and whether it is running), it is damaged or not all there, holds codes that are
+            not finite, or is not of the fit in config.json.
     """
     folder = Path(folder)
+    with naming_writer(folder, lambda: writer_of(folder)):
+        return _load(folder)
+
+
+def _load(folder: Path) -> Codebooks:
     path = folder / CODEBOOKS_NAME
     config = read_json(folder / "config.json")
     if config is None or config.get("kind") != CODEBOOKS_KIND:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import TokenizerError
 from ..files import write_bytes, write_json
+from ..lock import naming_writer, writer_of
 from .frozen import FrozenModule
 from .inputs import checked_images, checked_indices, checked_latents
 from .quantizer import MultiGroupQuantizer
@@ -87,12 +88,8 @@ class ReVQTokenizer(FrozenModule, PyTorchModelHubMixin):
             TokenizerError: no tokenizer there, or a damaged one.
             MismatchError: the given VAE is another one.
         """
-        try:
-            tokenizer: ReVQTokenizer = super().from_pretrained(str(path), **hub_options)
-        except TokenizerError:
-            raise
-        except Exception as error:  # the hub client has its own errors, for a name that is no folder and cannot be downloaded
-            raise TokenizerError(f"no tokenizer at {path}: no such folder, and not to be had from the model hub ({_one_line(error)})") from error
+        with naming_writer(path, lambda: writer_of(path, around=True)):
+            tokenizer = cls._find(path, hub_options)
         tokenizer.to(device)
         if isinstance(vae, FrozenVAE):
             vae.require(tokenizer.vae_identity)
@@ -100,6 +97,16 @@ class ReVQTokenizer(FrozenModule, PyTorchModelHubMixin):
         else:
             tokenizer._vae_spec = vae
         return tokenizer
+
+    @classmethod
+    def _find(cls, path: str | Path, hub_options: dict[str, Any]) -> ReVQTokenizer:
+        try:
+            found: ReVQTokenizer = super().from_pretrained(str(path), **hub_options)
+        except TokenizerError:
+            raise
+        except Exception as error:  # the hub client has its own errors, for a name that is no folder and cannot be downloaded
+            raise TokenizerError(f"no tokenizer at {path}: no such folder, and not to be had from the model hub ({_one_line(error)})") from error
+        return found
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, **hub_options: Any) -> ReVQTokenizer:

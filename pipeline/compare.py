@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, OutputError
-from ..files import claim_output, read_json, write_bytes
+from ..files import read_json, write_bytes
+from ..lock import naming_writer, writer_of
+from ..stages import ranks
 from ..stages.events import Event, Note, Result
+from ..stages.output_folder import note_on_writer, output_folder
 from .report import COLUMNS, METRICS_NAME, headline_table, markdown_table, metric_text, number
 
 COMPARISON_KIND = "revq-comparison"
@@ -36,6 +39,8 @@ def compare(evaluations: Sequence[str], *, out: str | None = None) -> Iterator[E
     names = list(dict.fromkeys(evaluations))
     if len(names) < 2:
         raise ConfigError(f"a comparison needs at least two evaluations, and there is {len(names)}; give the folders of revq evaluate")
+    for name in names:
+        yield from note_on_writer(name)
     found = {name: _read(name) for name in names}
     names = short_names(names)
     table, differences = comparison_table(list(found.values()), names), unlike(list(found.values()), names)
@@ -43,14 +48,20 @@ def compare(evaluations: Sequence[str], *, out: str | None = None) -> Iterator[E
         yield Note(text=text, warning=True)
     value: dict[str, Any] = {"table": table, "differences": differences, "evaluations": {name: _values(each) for name, each in found.items()}}
     if out is not None:
-        value["report"] = str(_write(Path(out), table, differences))
+        with output_folder(out, kind=COMPARISON_KIND, command="compare") as folder:
+            folder.claim({})
+            value["report"] = str(ranks.on_first(lambda: _write(folder.path, table, differences)))
     yield Result(value=value)
 
 
 def _read(name: str) -> dict[str, Any]:
-    metrics = read_json(Path(name).expanduser() / METRICS_NAME)
-    if metrics is None or "rows" not in metrics:
-        raise OutputError(f"{name} holds no finished evaluation ({METRICS_NAME} is missing or is none); give the folder of a finished revq evaluate")
+    folder = Path(name).expanduser()
+    with naming_writer(name, lambda: writer_of(folder)):
+        metrics = read_json(folder / METRICS_NAME)
+        if metrics is None or "rows" not in metrics:
+            raise OutputError(
+                f"{name} holds no finished evaluation ({METRICS_NAME} is missing or is none); give the folder of a finished revq evaluate"
+            )
     return metrics
 
 
@@ -121,7 +132,6 @@ def _write(out: Path, table: Sequence[Sequence[str]], differences: Sequence[str]
     """compare.md and compare.html in `out`; returns the path of the latter."""
     from .page import comparison_page
 
-    claim_output(out, kind=COMPARISON_KIND, identity={})
     lines = ["# Tokenizers compared", "", *markdown_table(table), "", *(f"- {text}" for text in differences)]
     write_bytes(out / "compare.md", ("\n".join(lines).rstrip() + "\n").encode())
     write_bytes(out / "compare.html", comparison_page(table, differences).encode())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,16 @@ from typing import Any
 from ..cache.store import is_store
 from ..cache.store_folder import local_root, open_folder
 from ..errors import CodebookError, RevqError, TokenizerError
-from ..files import output_kind, read_json
+from ..files import output_kind, read_json, sizes_under
+from ..lock import being_written, naming_writer
 from ..stages.code_usage import summarize_usage
-from ..stages.events import Event, Result
+from ..stages.events import Event, Note, Result
 from .store_info import describe_store, verify_store
 
 _KINDS = "a latent store, codebooks, a tokenizer, a run folder of train-rectifier, an evaluation, or the folder of `revq run`"
+
+_BEGUN = "not known yet: a process has just begun to write here"
+_TRIES, _TRY_AGAIN_S = 3, 0.2
 
 
 def info(path: str, *, verify: bool = False) -> Iterator[Event]:
@@ -24,13 +30,27 @@ def info(path: str, *, verify: bool = False) -> Iterator[Event]:
     Raises:
         RevqError: nothing is there, it is nothing of revq's, or (with `verify`) it is damaged.
     """
-    if not open_folder(path).exists():
+    folder = open_folder(path)
+    if not folder.exists():
         raise RevqError(f"{path} does not exist; give the path of {_KINDS}")
-    value = describe(path)
-    if verify:
-        yield from _verify(path, str(value["kind"]))
-        value["verified"] = True
-    yield Result(value=value)
+    writer = folder.writer()
+    if writer:
+        yield Note(text=f"{being_written(path, writer)}; this is how far it has come", warning=True)
+    with naming_writer(path, folder.writer):
+        value = _describe_again(path) if writer else describe(path)
+        if verify and value["kind"] != _BEGUN:
+            yield from _verify(path, str(value["kind"]))
+            value["verified"] = True
+    yield Result(value={**value, **({"being_written_by": writer} if writer else {})})
+
+
+def _describe_again(path: str | Path) -> dict[str, Any]:
+    """`describe` what is being written: a file may be replaced between two looks at it, which is no fault where a second try succeeds."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(RevqError, OSError, KeyError):
+            return describe(path)
+        time.sleep(_TRY_AGAIN_S)
+    return describe(path)
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -50,6 +70,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         "revq-evaluation": _describe_evaluation,
         "revq-run": _describe_run,
     }
+    if kind is None and open_folder(path).writer():
+        return {"path": str(path), "kind": _BEGUN}
     if folder is None or kind not in describers:
         found = f"its config.json is of kind {kind!r}" if kind else "it has neither a store's zarr.json nor a config.json with a kind"
         raise RevqError(f"{path} is nothing that revq made ({found}); give the path of {_KINDS}")
@@ -102,7 +124,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
 
 
 def _bytes_under(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return sum(sizes_under(path).values())
 
 
 def _verify(location: str | Path, kind: str) -> Iterator[Event]:

@@ -27,7 +27,7 @@ from rich.text import Text
 
 from ..errors import RevqError
 from ..files import disk_errors
-from ..stages.events import Advance, Begin, Event, Note, Result
+from ..stages.events import Advance, Begin, Event, Note, Result, closing_events
 from .distributed import world
 
 RATE_WINDOW_S = 30.0
@@ -44,24 +44,19 @@ def show(events: Iterable[Event], *, as_json: bool, silent: bool = False) -> Map
     console = Console(file=stream, highlight=False)
     on_terminal = stream.isatty() and console.is_terminal and not console.is_dumb_terminal
     value: Mapping[str, Any] = {}
-    try:
-        with _Bars(console) if on_terminal and not as_json and not silent else _Lines(stream) as view:
-            for event in events:
-                if silent and not isinstance(event, Result):
-                    continue
-                if isinstance(event, Begin):
-                    view.begin(event)
-                elif isinstance(event, Advance):
-                    view.advance(event)
-                elif isinstance(event, Note):
-                    view.note(event)
-                elif isinstance(event, Result):
-                    value = event.value
-    finally:
-        # An interrupt may strike while drawing: the stage still gets to leave its files in order, now and not at garbage collection.
-        close = getattr(events, "close", None)
-        if close is not None:
-            close()
+    bars = on_terminal and not as_json and not silent
+    with closing_events(events), _Bars(console) if bars else _Lines(stream) as view:
+        for event in events:
+            if silent and not isinstance(event, Result):
+                continue
+            if isinstance(event, Begin):
+                view.begin(event)
+            elif isinstance(event, Advance):
+                view.advance(event)
+            elif isinstance(event, Note):
+                view.note(event)
+            elif isinstance(event, Result):
+                value = event.value
     return value
 
 

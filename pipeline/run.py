@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import MismatchError, OutputError
-from ..files import claim_output
+from ..errors import HeldError, MismatchError, OutputError
 from ..stages import ranks
 from ..stages.encode_latents import encode_latents
 from ..stages.evaluate import EvaluateConfig, evaluate
-from ..stages.events import Begin, Event, Note, Result
+from ..stages.events import Begin, Event, Note, Result, closing_events
 from ..stages.fit_codebooks import fit_codebooks
+from ..stages.output_folder import output_folder
 from ..stages.train_rectifier import train_rectifier
 from .config import Plan
 from .preflight import check_plan
@@ -32,8 +32,14 @@ def run(plan: Plan, *, overwrite: bool = False) -> Iterator[Event]:
         OutputError: the folder holds something else, or (without `overwrite`) a stage made with other settings.
         RevqError: see the stages; what a later one would miss is found before the first begins.
     """
-    ranks.on_first(lambda: claim_output(plan.out, kind=RUN_KIND, identity={}))
-    check_plan(plan, overwrite=overwrite)
+    with output_folder(plan.out, kind=RUN_KIND, command="run", tree=True) as folder:
+        folder.claim({})
+        check_plan(plan, overwrite=overwrite)
+        yield from _run(plan, overwrite=overwrite)
+
+
+def _run(plan: Plan, *, overwrite: bool) -> Iterator[Event]:
+    """The stages, in a folder that is held; each holds its own in it."""
     steps: list[tuple[str, Callable[[Any], Iterator[Event]], Any]] = [
         ("encode-latents train", encode_latents, plan.encode_train),
         ("encode-latents val", encode_latents, plan.encode_val),
@@ -52,13 +58,16 @@ def run(plan: Plan, *, overwrite: bool = False) -> Iterator[Event]:
 
 def _step(stage: Callable[[Any], Iterator[Event]], config: Any, *, overwrite: bool) -> Generator[Event, None, Mapping[str, Any]]:
     """One stage's events but for its result, which is returned."""
-    begun = False
+    begun, events = False, stage(config)
     try:
-        for event in stage(config):
-            if isinstance(event, Result):
-                return event.value
-            begun = begun or isinstance(event, Begin)
-            yield event
+        with closing_events(events):
+            for event in events:
+                if isinstance(event, Result):
+                    return event.value
+                begun = begun or isinstance(event, Begin)
+                yield event
+    except HeldError:
+        raise
     except (OutputError, MismatchError):
         # Before any work this says that the output was made with other settings; later it is the disk.
         if begun or not overwrite or config.overwrite:
@@ -68,8 +77,10 @@ def _step(stage: Callable[[Any], Iterator[Event]], config: Any, *, overwrite: bo
 
 
 def evaluate_and_report(config: EvaluateConfig) -> Iterator[Event]:
-    """`evaluate`, and the report made of what it measured."""
-    for event in evaluate(config):
-        if isinstance(event, Result) and ranks.rank() == 0:
-            write_report(Path(config.out))
-        yield event
+    """`evaluate`, and the report made of what it measured, while `evaluate` still holds the folder."""
+    events = evaluate(config)
+    with closing_events(events):
+        for event in events:
+            if isinstance(event, Result) and ranks.rank() == 0:
+                write_report(Path(config.out))
+            yield event

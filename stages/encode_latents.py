@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,7 +161,9 @@ def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
     if state == "complete":
         yield from _tell_complete(job)
         return
-    with folder.locked(f"encode-latents --split {config.split}") if ranks.rank() == 0 else nullcontext():
+    with ranks.held(lambda: folder.locked(f"encode-latents --split {config.split}")) as warning:
+        if warning:
+            yield Note(text=warning, warning=True)
         value = yield from _encode_split(job)
     yield Result(value=value)
 

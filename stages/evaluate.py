@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from ..cache.sources import ImageSource, open_source, order_sha256
 from ..errors import ConfigError, ImageError, TokenizerError
-from ..files import claim_output, output_kind
+from ..files import output_kind
 from ..models.device import pick_device
 from ..models.tokenizer import ReVQTokenizer
 from . import ranks
@@ -31,6 +31,7 @@ from .events import Advance, Begin, Event, Note, Result
 from .loading import Batch, Loader
 from .metrics import ROWS, score_images
 from .networks import FeatureCache, Inception, Lpips, cache_folder
+from .output_folder import OutputFolder, note_on_writer, output_folder
 from .outputs import EVALUATION_KIND, METRICS_NAME, finished_metrics, write_evaluation
 from .protocols import PROTOCOLS
 from .reconstruct import check_round_trip, reconstruct
@@ -119,10 +120,18 @@ def evaluate(config: EvaluateConfig) -> Iterator[Event]:
         TokenizerError, VAEError, MismatchError: no tokenizer, no VAE, or not the VAE it was trained with.
         OutputError: `out` holds something else, or cannot be written.
     """
+    with output_folder(config.out, kind=EVALUATION_KIND, command="evaluate") as folder:
+        yield from _evaluate(config, folder)
+
+
+def _evaluate(config: EvaluateConfig, folder: OutputFolder) -> Iterator[Event]:
+    """The stage, in a folder that is held. It is claimed at the end where it replaces another evaluation, which stays until then."""
+    yield from note_on_writer(config.tokenizer)
     inputs = yield from _open(config)
-    out, identity = Path(config.out), _identity(inputs)
-    replaces = config.overwrite and output_kind(out) == EVALUATION_KIND
-    finished = ranks.on_first(lambda: _claim(out, identity, inputs.weights, replaces))
+    out, identity = folder.path, _identity(inputs)
+    replaces = ranks.broadcast(config.overwrite and output_kind(out) == EVALUATION_KIND)
+    resumed = not replaces and folder.claim(identity)
+    finished = ranks.on_first(lambda: finished_metrics(out, inputs.weights)) if resumed else None
     if finished is not None:
         yield Note(text=f"{out} already holds this evaluation; nothing to do")
         yield _result(out, finished)
@@ -137,9 +146,9 @@ def evaluate(config: EvaluateConfig) -> Iterator[Event]:
     if tally.failed:
         yield Note(text=f"{len(tally.failed)} of {inputs.count} images cannot be read and are left out; {METRICS_NAME} names them", warning=True)
     tolerance = yield from _tolerance(inputs, instruments, tally)
-    replaced_by = identity if replaces else None
+    claim = partial(folder.replace, identity) if replaces else None
     context = _context(inputs)
-    metrics = ranks.on_first(lambda: write_evaluation(out, tally, context, inputs.loader, tolerance=tolerance, replaced_by=replaced_by))
+    metrics = ranks.on_first(lambda: write_evaluation(out, tally, context, inputs.loader, tolerance=tolerance, claim=claim))
     yield _result(out, metrics)
 
 
@@ -163,13 +172,6 @@ def _open(config: EvaluateConfig) -> Generator[Event, None, _Inputs]:
         weights=weights,
         cache=FeatureCache(folder, sha256) if folder and sha256 else None,
     )
-
-
-def _claim(out: Path, identity: dict[str, Any], weights: dict[str, FoundWeights], replaces: bool) -> dict[str, Any] | None:
-    """Make `out` ours; the metrics of an earlier run where nothing is left to do."""
-    if replaces or not claim_output(out, kind=EVALUATION_KIND, identity=identity):
-        return None
-    return finished_metrics(out, weights)
 
 
 def _load_instruments(inputs: _Inputs) -> Instruments:

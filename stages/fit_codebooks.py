@@ -28,7 +28,7 @@ from ..cache.batches import ResidentLatents, StreamingLatents, open_latents
 from ..cache.rows import spread_rows
 from ..cache.store import LatentSplit, LatentStore
 from ..errors import CodebookError, ConfigError
-from ..files import claim_output, write_bytes
+from ..files import write_bytes
 from ..models.codebooks import CODEBOOKS_KIND, CODEBOOKS_NAME, Codebooks, check_finite, load_codebooks, save_codebooks
 from ..models.device import pick_device
 from ..models.kmeans import BACKENDS, faiss_uses, kmeans, pick_backend
@@ -48,6 +48,7 @@ from ..models.vae import FrozenVAE
 from . import ranks
 from .code_usage import count_codes, summarize_usage, write_usage
 from .events import Advance, Begin, Event, Note, Result
+from .output_folder import OutputFolder, output_folder
 
 Latents = ResidentLatents | StreamingLatents  # whichever memory allows: they are only read through, once for each block of tokens
 _BLOCK_BYTES = 256 << 20
@@ -123,6 +124,11 @@ def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
     Raises:
         StoreError, CodebookError, MismatchError, VAEError, OutputError, ConfigError: see their messages.
     """
+    with output_folder(config.out, kind=CODEBOOKS_KIND, command="fit-codebooks") as folder:
+        yield from _fit(config, folder)
+
+
+def _fit(config: FitCodebooksConfig, folder: OutputFolder) -> Iterator[Event]:
     started = time.perf_counter()
     device = pick_device(config.device)
     backend = pick_backend(config.backend, device)
@@ -131,9 +137,8 @@ def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:
     rows = _fit_rows(config, split)
     _check_sizes(config, store, len(rows))
     vae = FrozenVAE.load_recorded(store.encoding.vae, spec=config.vae, device=device) if config.transform == "decoder" else None
-    out = Path(config.out)
-    identity = config.identity(split, backend)
-    ranks.on_first(lambda: claim_output(out, kind=CODEBOOKS_KIND, identity=identity, overwrite=config.overwrite))
+    out, identity = folder.path, config.identity(split, backend)
+    folder.claim(identity, overwrite=config.overwrite)
     if ranks.broadcast((out / CODEBOOKS_NAME).exists()):
         yield Note(text=f"{out} is complete already")
         yield Result(value=_result(config, load_codebooks(out), mse=None, latents=len(rows), seconds=0.0))

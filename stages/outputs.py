@@ -6,7 +6,7 @@ Shapes: N images, S image side in pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ..errors import OutputError
-from ..files import claim_output, read_json, write_bytes, write_json
+from ..files import read_json, write_bytes, write_json
 from .loading import Loader
 from .metrics import ROWS
 from .pictures import draw_grid, extreme_positions, spread_positions
@@ -31,12 +31,12 @@ EXTREMES_NAME = "extremes.png"
 
 
 def write_evaluation(
-    out: Path, tally: Tally, context: Context, loader: Loader, *, tolerance: dict[str, Any] | None, replaced_by: dict[str, Any] | None
+    out: Path, tally: Tally, context: Context, loader: Loader, *, tolerance: dict[str, Any] | None, claim: Callable[[], None] | None
 ) -> dict[str, Any]:
     """Everything that an evaluation leaves, metrics.json last; returns its content.
 
     Args:
-        replaced_by: the identity that takes the folder over from another evaluation; None where it is ours already.
+        claim: takes the folder over from another evaluation; None where it is ours already.
     """
     metrics = summarize(tally, context, tolerance=tolerance, training=_training(context.tokenizer_name))
     psnr_db = tally.column("rectified", "psnr_db").numpy()
@@ -46,8 +46,8 @@ def write_evaluation(
     if worst:
         sheets[EXTREMES_NAME], metrics["extremes"] = _draw(tally, context, loader, worst + best)
         metrics["extremes"]["kinds"] = ["worst"] * len(worst) + ["best"] * len(best)
-    if replaced_by is not None:
-        claim_output(out, kind=EVALUATION_KIND, identity=replaced_by, overwrite=True)
+    if claim is not None:
+        claim()
     write_bytes(out / IMAGES_NAME, image_table(tally, context.source))
     for name, sheet in sheets.items():
         write_bytes(out / name, sheet)

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -67,6 +68,16 @@ def on_first(work: Callable[[], V]) -> V:
     if raised is not None:
         raise raised
     return value
+
+
+@contextmanager
+def held(make: Callable[[], AbstractContextManager[V]]) -> Iterator[V]:
+    """Enter `make()` on rank 0 for as long as the block runs, and yield what it gives (which pickles, and is small) on every rank.
+
+    An error of entering it is raised on every rank.
+    """
+    with ExitStack() as stack:
+        yield on_first(lambda: stack.enter_context(make()))
 
 
 def sum_tensors(tensor: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor
 from ..cache.batches import ResidentLatents
 from ..cache.store import LatentStore
 from ..errors import ConfigError
-from ..files import claim_output, sha256_file
+from ..files import sha256_file
 from ..models.codebooks import CODEBOOKS_NAME, load_codebooks
 from ..models.device import bf16_is_fast
 from ..models.nearest import search_note
@@ -48,6 +48,7 @@ from .live_figures import LOG_EVERY, LiveFigures, codebook_figures, mean_usage, 
 from .micro_batches import backward_in_parts, memory_advice, try_last_phase
 from .network import COMPILE, RectifierNetwork, open_network
 from .objectives import PictureLoss, latent_loss
+from .output_folder import OutputFolder, note_on_writer, output_folder
 from .schedules import SCHEDULES, decay, evaluation_interval, first_phase_factor, last_phase_factor
 from .train_state import LATENT_SCORE, PICTURE_SCORE, TrainState, chosen_step, judge, new_state, stop_early, watch_for_bad_steps
 from .trained_tokenizer import build_tokenizer, is_complete, result, save_tokenizer
@@ -182,11 +183,18 @@ def train_rectifier(config: TrainRectifierConfig) -> Iterator[Event]:
     Raises:
         StoreError, CodebookError, MismatchError, VAEError, OutputError, TrainingError, ConfigError: see their messages.
     """
-    store, fitted, out = LatentStore.open(config.store), load_codebooks(config.codebooks), Path(config.out)
+    with output_folder(config.out, kind=RUN_KIND, command="train-rectifier") as folder:
+        yield from _train(config, folder)
+
+
+def _train(config: TrainRectifierConfig, folder: OutputFolder) -> Iterator[Event]:
+    """The stage, in a folder that is held."""
+    yield from note_on_writer(config.codebooks)
+    store, fitted, out = LatentStore.open(config.store), load_codebooks(config.codebooks), folder.path
     identity = _identity(config, store)
     inputs = open_inputs(config, store, fitted, None if config.overwrite else began_with(out, identity))
     state = new_state(config, inputs, fitted.codebooks)
-    ranks.on_first(lambda: claim_output(out, kind=RUN_KIND, identity=identity, overwrite=config.overwrite))
+    folder.claim(identity, overwrite=config.overwrite)
     if is_complete(out, state.planned):
         yield Note(text=f"{out} is complete already")
         yield Result(value=result(config, ReVQTokenizer.from_pretrained(out / "tokenizer")))

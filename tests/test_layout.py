@@ -14,10 +14,10 @@ import revq
 
 ROOT = Path(revq.__file__).parent
 ALLOWED = {
-    "cache": {"cache", "errors", "files"},
-    "models": {"models", "errors", "files"},
-    "stages": {"stages", "models", "cache", "errors", "files"},
-    "pipeline": {"pipeline", "stages", "models", "cache", "errors", "files"},
+    "cache": {"cache", "errors", "files", "lock"},
+    "models": {"models", "errors", "files", "lock"},
+    "stages": {"stages", "models", "cache", "errors", "files", "lock"},
+    "pipeline": {"pipeline", "stages", "models", "cache", "errors", "files", "lock"},
 }
 
 
@@ -50,6 +50,12 @@ def test_only_the_command_line_and_the_progress_print() -> None:
             calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
             prints = any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls)
             assert not prints or path.name == "progress.py", f"{package}/{path.name} prints"
+
+
+def test_a_folder_is_claimed_only_where_it_is_held() -> None:
+    """`stages/output_folder.py` is the one place that may, so that no command forgets the lock."""
+    callers = {path.name for package in ALLOWED for path in modules(package) if "claim_output" in path.read_text()}
+    assert callers == {"output_folder.py"}
 
 
 def test_every_package_is_listed_for_installation() -> None:

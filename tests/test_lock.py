@@ -1,130 +1,138 @@
-"""One writer at a time: the second is told who holds the store, and a writer that is gone holds nothing."""
+"""One writer at a time in a local folder: the second is told who holds it, and a writer that is gone holds nothing."""
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from revq.cache import lock
-from revq.cache.lock import lease, lock_file
 from revq.cache.store_folder import open_folder
-from revq.errors import OutputError
+from revq.errors import HeldError, OutputError, StoreError
+from revq.files import LOCK_NAME
+from revq.lock import hold_folder, naming_writer, writer_of
 from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
 from revq.stages.events import Begin, run_quietly
 
 HOLDER = """
-import sys, time
-from pathlib import Path
-from revq.cache.store_folder import open_folder
-with open_folder(sys.argv[1]).locked("a long encoding"):
+import sys
+from revq.lock import hold_folder
+with hold_folder(sys.argv[1], "a long encoding", tree=sys.argv[2] == "tree"):
     print("held", flush=True)
-    time.sleep(60)
+    input()
 """
 
 
-@pytest.fixture(params=["local", "remote"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A folder with the lock of a local folder, and one with the lease of an object store (fsspec's own local file system)."""
-    return str(tmp_path / "s") if request.param == "local" else f"local://{tmp_path / 's'}"
+@contextmanager
+def another_holding(folder: Path, *, tree: bool = False) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the folder as long as the block runs."""
+    command = [sys.executable, "-c", HOLDER, str(folder), "tree" if tree else "folder"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.communicate(input="\n")
 
 
-def hold(folder: str) -> subprocess.Popen[str]:
-    """Another process that holds the folder."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
+def who(process: subprocess.Popen[str]) -> str:
+    """A pattern of how that process is told."""
+    return rf"process {process.pid} of \S+ on {socket.gethostname()}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \(a long encoding\)"
 
 
-def test_the_second_writer_is_refused_and_told_who_holds_the_place_until_that_one_is_gone(folder: str) -> None:
-    process = hold(folder)
-    try:
-        who = rf"is being written by another process: process {process.pid} of \S+ on {socket.gethostname()}, since .* \(a long encoding\)"
-        with pytest.raises(OutputError, match=who), open_folder(folder).locked("second"):
+def test_the_second_writer_is_told_who_holds_the_folder_until_that_one_has_been_killed(tmp_path: Path) -> None:
+    with another_holding(tmp_path / "s") as process:
+        with pytest.raises(HeldError, match="s is being written by another process: " + who(process)), hold_folder(tmp_path / "s", "second"):
             pass
-    finally:
-        process.kill()
-        process.communicate()
-    with open_folder(folder).locked("third"):
-        assert open_folder(folder).children() == []  # the lock itself is not content
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert (tmp_path / "s" / LOCK_NAME).exists()
+        assert writer_of(tmp_path / "s") is None
+        with hold_folder(tmp_path / "s", "third"):
+            assert open_folder(tmp_path / "s").children() == []  # the lock itself is not content
+            assert open_folder(tmp_path / "s").sizes() == {}
 
 
-def test_a_lock_leaves_nothing_behind(folder: str, tmp_path: Path) -> None:
-    with open_folder(folder).locked("first"):
-        assert [path.name for path in (tmp_path / "s").iterdir()] == ["writer.lock"]
-    assert list((tmp_path / "s").iterdir()) == []
+def test_a_lock_leaves_nothing_behind_not_even_the_folders_that_it_made(tmp_path: Path) -> None:
+    with hold_folder(tmp_path / "a" / "s", "first"):
+        assert [path.name for path in (tmp_path / "a" / "s").iterdir()] == [LOCK_NAME]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "s").mkdir()
+    with pytest.raises(KeyboardInterrupt), hold_folder(tmp_path / "s", "second"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.rglob("*")) == [tmp_path / "s"]
 
 
-def test_two_threads_cannot_hold_one_file(tmp_path: Path) -> None:
-    with lock_file(tmp_path / "l", "first"), pytest.raises(OutputError, match=rf"process {os.getpid()} "), lock_file(tmp_path / "l", "second"):
+def test_two_threads_cannot_hold_one_folder(tmp_path: Path) -> None:
+    with hold_folder(tmp_path, "first"), pytest.raises(HeldError, match=rf"process {os.getpid()} "), hold_folder(tmp_path, "second"):
         pass
 
 
-class Bucket:
-    """The one object of a lease, in memory."""
-
-    def __init__(self, content: dict[str, object] | None = None) -> None:
-        self.content = None if content is None else json.dumps(content).encode()
-
-    def read(self) -> bytes | None:
-        return self.content
-
-    def write(self, data: bytes) -> None:
-        self.content = data
-
-    def remove(self) -> None:
-        self.content = None
+def test_a_hold_whose_file_was_removed_by_hand_does_not_remove_the_next_ones(tmp_path: Path) -> None:
+    first = hold_folder(tmp_path, "first")
+    first.__enter__()
+    (tmp_path / LOCK_NAME).unlink()
+    with hold_folder(tmp_path, "second"):
+        first.__exit__(None, None, None)
+        with pytest.raises(HeldError, match=r"\(second\)"), hold_folder(tmp_path, "third"):
+            pass
 
 
-def take(bucket: Bucket) -> None:
-    with lease("bucket/s/writer.lock", "mine", read=bucket.read, write=bucket.write, remove=bucket.remove, settle_s=0.01):
-        assert json.loads(bucket.content or b"")["purpose"] == "mine"
+def test_whoever_asks_who_writes_never_keeps_a_writer_from_beginning(tmp_path: Path) -> None:
+    ask = "import sys\nfrom revq.lock import writer_of\nprint(flush=True)\nwhile True:\n    writer_of(sys.argv[1])"
+    (tmp_path / LOCK_NAME).write_text("")
+    with subprocess.Popen([sys.executable, "-c", ask, str(tmp_path)], stdout=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout is not None
+        asking.stdout.readline()
+        for _ in range(300):
+            with hold_folder(tmp_path, "a writer"):
+                pass
+        asking.kill()
 
 
-ELSEWHERE = {"host": "elsewhere", "pid": 1, "user": "u", "since": "then", "purpose": "theirs", "token": "t"}
+def test_only_another_process_counts_as_a_writer_and_that_of_a_run_counts_for_the_tokenizer_in_it(tmp_path: Path) -> None:
+    with hold_folder(tmp_path, "mine"):
+        assert writer_of(tmp_path) is None
+    with another_holding(tmp_path) as process:
+        assert str(process.pid) in str(writer_of(tmp_path))
+        assert str(process.pid) in str(writer_of(tmp_path / "tokenizer", around=True))
+        assert writer_of(tmp_path / "evaluation") is None
 
 
-def test_a_lease_of_another_machine_holds_until_it_runs_out() -> None:
-    with pytest.raises(OutputError, match=r"bucket/s is being .* on elsewhere, since then \(theirs\); .* ends by itself in \d+ s"):
-        take(Bucket({**ELSEWHERE, "expires": time.time() + 60}))
-    take(Bucket({**ELSEWHERE, "expires": time.time() - 1}))
-
-
-def test_a_torn_lease_holds_nothing() -> None:
-    bucket = Bucket()
-    bucket.content = b'{"host": "elsew'
-    take(bucket)
-    assert bucket.content is None
-
-
-def test_of_two_who_come_at_once_only_the_one_whose_lease_stands_goes_on() -> None:
-    bucket = Bucket()
-
-    def write_and_be_overtaken(data: bytes) -> None:
-        bucket.content = json.dumps({**ELSEWHERE, "expires": time.time() + 60}).encode()
-
-    with (
-        pytest.raises(OutputError, match="elsewhere"),
-        lease("b/l", "mine", read=bucket.read, write=write_and_be_overtaken, remove=bucket.remove, settle_s=0.01),
-    ):
+def test_who_holds_a_tree_holds_the_folders_in_it_and_cannot_hold_it_over_a_folder_that_is_held(tmp_path: Path) -> None:
+    with another_holding(tmp_path / "run", tree=True) as process:
+        for folder in (tmp_path / "run", tmp_path / "run" / "rectifier", tmp_path / "run" / "a" / "b"):
+            with pytest.raises(HeldError, match=f"run is being written by another process: process {process.pid} "), hold_folder(folder, "mine"):
+                pass
+        assert writer_of(tmp_path / "run" / "codebooks", around=True) is None  # what the run has made may be read without a word
+    with another_holding(tmp_path / "run" / "rectifier") as process, pytest.raises(HeldError, match=f"rectifier is being .* {process.pid} "):
+        hold_folder(tmp_path / "run", "mine", tree=True).__enter__()
+    with hold_folder(tmp_path / "run", "mine", tree=True), hold_folder(tmp_path / "run" / "rectifier", "mine too"):
         pass
-    assert json.loads(bucket.content or b"")["host"] == "elsewhere"
+    with another_holding(tmp_path / "run"), hold_folder(tmp_path / "run" / "evaluation", "mine"):
+        pass
 
 
-def test_a_lease_is_renewed_while_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "_RENEW_S", 0.02)
-    bucket = Bucket()
-    with lease("b/l", "mine", read=bucket.read, write=bucket.write, remove=bucket.remove, settle_s=0):
-        first = json.loads(bucket.content or b"")["expires"]
-        time.sleep(0.2)
-        assert json.loads(bucket.content or b"")["expires"] > first
+def test_an_error_of_reading_names_the_writer_where_there_is_one(tmp_path: Path) -> None:
+    def read() -> None:
+        with naming_writer(tmp_path, lambda: writer_of(tmp_path)):
+            raise StoreError("torn")
+
+    with pytest.raises(StoreError, match=r"^torn$"):
+        read()
+    with another_holding(tmp_path) as process, pytest.raises(StoreError, match=rf"being written by .* {who(process)}; wait .* \(torn\)$"):
+        read()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"the output must be a folder, but .*file is a file"), hold_folder(tmp_path / "file", "mine"):
+        pass
 
 
 def test_a_second_encoding_into_one_store_is_refused_while_the_first_runs(imagenet_sample: Path, taef2: str, tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,43 +27,6 @@ pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 's3fs' 'm
 pytest.importorskip("moto", reason="moto is not installed: pip install 's3fs' 'moto[server]'")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-SERVER = """
-import logging
-from moto.server import ThreadedMotoServer
-logging.disable()
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-input()
-server.stop()
-"""
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    """Address of the server, which ends with its standard input."""
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as server:
-        assert server.stdout is not None
-        port = server.stdout.readline().strip()
-        assert port.isdigit()
-        yield f"http://127.0.0.1:{port}"
-        server.communicate(input="\n", timeout=30)
-
-
-@pytest.fixture
-def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of an empty bucket; s3fs finds server and credentials in the environment, as a user's would."""
-    import s3fs
-
-    settings = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST")).close()
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("latents")
-    return "s3://latents"
 
 
 def files_of(url: str) -> dict[str, bytes]:
