@@ -49,9 +49,16 @@ class MultiGroupQuantizer(nn.Module):
         return {**self.__dict__, "_search": None, "_searched": None}
 
     def decode(self, indices: Tensor) -> Tensor:
-        """indices (B,T) in [0,K) -> coordinates (B,T,D); differentiable in the codebooks."""
-        tokens = torch.arange(indices.shape[1], device=indices.device)
-        return self.codebooks[tokens, indices]
+        """indices (B,T) in [0,K) -> coordinates (B,T,D); differentiable in the codebooks, whose gradient is the same bits each time.
+
+        A code's gradient is a sum over the latents that chose it. Of the two ways to look codes up one sums in a fixed order on a CPU, where threads
+        share the codebooks and not the latents, and the other on a GPU, where the latents are sorted by code; the other way round atomic additions
+        come in any order (docs of torch.use_deterministic_algorithms).
+        """
+        if self.codebooks.is_cuda:
+            return self.codebooks[torch.arange(indices.shape[1], device=indices.device), indices]
+        chosen = indices.T.unsqueeze(2).expand(-1, -1, self.codebooks.shape[2])
+        return self.codebooks.gather(1, chosen).transpose(0, 1)
 
 
 def code_counts(indices: Tensor, codes: int) -> Tensor:
