@@ -112,9 +112,9 @@ def iterate(column: pa.LargeBinaryArray) -> Iterator[bytes]:
         yield from column.slice(start, _BLOCK).to_pylist()
 
 
-def classes_of(names: pa.LargeBinaryArray, more: Iterable[bytes] = ()) -> tuple[NDArray[np.int32], list[bytes]]:
-    """Labels (N) and sorted class names from the first folder of each path; `more` are class names that may have no image."""
+def classes_of(names: pa.LargeBinaryArray) -> tuple[NDArray[np.int32], list[bytes]]:
+    """Labels (N) and sorted class names from the first folder of each path."""
     folders = name_column(name.partition(b"/")[0] for name in iterate(names))
-    classes = sorted({*pc.unique(folders).to_pylist(), *more})
+    classes = sorted(pc.unique(folders).to_pylist())
     labels = pc.index_in(folders, value_set=pa.array(classes, pa.large_binary()))
     return labels.to_numpy(zero_copy_only=False).astype(np.int32), classes

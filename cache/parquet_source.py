@@ -24,6 +24,7 @@ from ..errors import ImageError
 from .items import NO_LABEL, ImageItem, ItemColumns
 from .parquet_index import Part, damage, find_columns, list_rows, open_parquet, read_footer, size_of
 from .places import REMOTE_THREADS, Place, relative_names
+from .skipped import Skipped
 
 _BATCH_BYTES = 16 << 20  # of decoded images; one row group can be a whole file of 500 MB
 _KEPT_BATCHES = 8
@@ -68,6 +69,7 @@ class ParquetSource:
         self._items = ItemColumns(pa.concat_arrays([names for names, _ in listed]), labels, self._columns.class_names)
         unlabelled = int((labels == NO_LABEL).sum())
         self.notes: tuple[str, ...] = (f"{unlabelled} of the {rows} images of {name} have no label",) if unlabelled else ()
+        self.skipped = Skipped()
         self._lock = Lock()
         self._open: OrderedDict[int, _Group] = OrderedDict()
         self._kept: OrderedDict[tuple[int, int], pa.Array] = OrderedDict()

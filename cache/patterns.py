@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ..errors import ImageError
-from .places import REMOTE_THREADS, Place, is_url, place_of, remote_errors
+from .places import REMOTE_THREADS, Place, is_url, place_of, remote_errors, turn
 
 _GLOB = re.compile(r"[*?\[]")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.([1-9]\d*))?")
@@ -92,6 +92,17 @@ def _matches(name: str) -> list[Place]:
     if not has_glob(name):
         return [place] if place.kind() else []
     if place.filesystem is None:
+        _check_listable(place.path)
         return [Place(path) for path in glob.glob(place.path)]
-    with remote_errors(place):
-        return [Place(path, place.filesystem) for path in place.filesystem.glob(place.path)]
+    with remote_errors(place), turn(place.filesystem):
+        return [place.at(path) for path in place.filesystem.glob(place.path)]
+
+
+def _check_listable(pattern: str) -> None:
+    """Raises OSError where a folder that `pattern` looks into cannot be listed, which `glob` takes for an empty one."""
+    folder = os.path.dirname(pattern) or "."
+    if has_glob(folder):
+        _check_listable(folder)
+    for path in glob.glob(folder) if has_glob(folder) else [folder]:
+        if os.path.isdir(path):
+            os.scandir(path).close()

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..errors import ImageError
 from .items import ImageItem
+from .skipped import Skipped
 
 TRAIN_FILES = ("astronaut.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg")
 HELD_OUT_FILES = ("chelsea.png", "coffee.png")
@@ -39,6 +40,7 @@ class PhotographSource:
         if files is None:
             raise ImageError(f'the embedded photographs have the parts "train" and "held-out", not "{part}"')
         self.name = _PREFIX + part
+        self.skipped = Skipped()
         self._paths: list[Path] = []
         self._items: list[ImageItem] = []
         names = sorted(TRAIN_FILES + HELD_OUT_FILES)

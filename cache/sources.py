@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import ImageError
-from .folder_source import FolderSource, check_folder, is_image, suffix_of
+from .folder_source import FolderSource, check_folder, is_image, suffix_of, what_it_is
 from .items import ImageItem, order_sha256
 from .patterns import check_one_set, expand, has_glob, is_pattern
-from .places import Place, place_of
+from .places import FOLDER, Place, place_of
+from .skipped import Skipped
+from .tar_index import compressed_message
 
 __all__ = ["FolderSource", "ImageItem", "ImageSource", "open_source", "order_sha256"]
 
 PHOTOGRAPHS_PREFIX = "photographs:"
 _ARCHIVES = (".tar", ".parquet")
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+_PACKERS = {".tar.gz": "gzip", ".tgz": "gzip", ".tar.bz2": "bzip2", ".tbz2": "bzip2", ".tar.xz": "xz", ".txz": "xz"}
+_PACKERS |= {".tar.zst": "zstd", ".tar.lz4": "lz4"}
 
 
 class ImageSource(Protocol):
@@ -31,6 +34,8 @@ class ImageSource(Protocol):
     """The source's full path or URL, or "photographs:train"; stores record it."""
     notes: tuple[str, ...]
     """What the user should read before the images are used, such as that they have no labels."""
+    skipped: Skipped
+    """What is there and is none of the images; `notes` of `open_source` end with it."""
 
     @property
     def items(self) -> Sequence[ImageItem]:
@@ -62,9 +67,13 @@ def open_source(spec: str | Path) -> ImageSource:
         ImageError: there is no such source, it holds no image, it holds more than one kind, or it is damaged.
     """
     try:
-        return _open(os.fspath(spec))
+        source = _open(os.fspath(spec))
     except OSError as error:  # no permission, a disk that fails
-        raise ImageError(f"{Place(os.fspath(spec))} cannot be listed ({error.strerror or error}); check that you may read all of it") from error
+        where = Place(os.fsdecode(error.filename or spec))
+        raise ImageError(f"{where} cannot be listed ({error.strerror or error}); check that you may read all of {Place(os.fspath(spec))}") from error
+    if source.skipped:
+        source.notes = (*source.notes, f"{len(source.skipped)} entries of {source.name} are passed over: {source.skipped}")
+    return source
 
 
 def _open(text: str) -> ImageSource:
@@ -78,21 +87,24 @@ def _open(text: str) -> ImageSource:
             check_one_set(text, found)
         return _open_files(_pattern_name(text), found)
     place = place_of(text)
-    if place.path.lower().endswith((*_ARCHIVES, *_COMPRESSED)) and place.kind() == "file":
+    if place.path.lower().endswith((*_ARCHIVES, *_PACKERS)) and place.kind() == "file":
         return _open_files(place.full_name, [place])
     check_folder(place)
-    archives = _archives_in(place)
+    archives, skipped = _archives_in(place)
     if not archives:
         return FolderSource(place)
     check_one_set(str(place), archives)
-    return _open_files(place.full_name, archives)
+    source = _open_files(place.full_name, archives)
+    source.skipped.update(skipped)
+    return source
 
 
 def _open_files(name: str, places: Sequence[Place]) -> ImageSource:
     """Files that must be of one kind."""
     for place in places:
-        if place.path.lower().endswith(_COMPRESSED):
-            raise ImageError(f"{place} is compressed, so its images cannot be read one by one; unpack it to a plain .tar first")
+        packer = next((packer for suffix, packer in _PACKERS.items() if place.path.lower().endswith(suffix)), None)
+        if packer:
+            raise ImageError(compressed_message(str(place), packer))
         if suffix_of(place.path) not in _ARCHIVES:
             raise ImageError(f"{place} is neither .tar nor .parquet, and a pattern must name files of one of these; give a folder for images")
     odd = next((place for place in places if suffix_of(place.path) != suffix_of(places[0].path)), None)
@@ -113,20 +125,26 @@ def _open_files(name: str, places: Sequence[Place]) -> ImageSource:
     return open_shards(name, places)
 
 
-def _archives_in(folder: Place) -> list[Place]:
-    """The .tar and .parquet files directly in a folder. Raises ImageError where there are images as well."""
-    files, folders = folder.entries()
-    names = [name for name in files if suffix_of(name) in _ARCHIVES]
+def _archives_in(folder: Place) -> tuple[list[Place], Skipped]:
+    """The .tar and .parquet files directly in a folder, and what else is there. Raises ImageError where there are images as well."""
+    names, skipped = [], Skipped()
+    found = sorted(folder.scan(), key=lambda entry: os.fsencode(entry[0]))
+    for name, kind in found:
+        path = os.fsencode(name) + b"/" * (kind == FOLDER)
+        if skipped.set_aside(path):
+            continue
+        if kind != FOLDER and suffix_of(name) in _ARCHIVES:
+            names.append(name)
+        else:
+            skipped.add("folder" if kind == FOLDER else what_it_is(path), path)
     if not names:
-        return []
-    beside = next((name for name in files if is_image(name)), None) or next(
-        (path for path in (folder.walk() if folders else ()) if is_image(path)), None
-    )
+        return [], skipped
+    beside = next((path for path, kind in folder.walk() if kind != FOLDER and is_image(path)), None)
     if beside is not None:
         raise ImageError(
             f"{folder} holds both {Place(names[0])} and images ({Place(beside)}); give the one kind, such as {folder}/*{suffix_of(names[0])}"
         )
-    return [Place(os.path.join(folder.path, name), folder.filesystem) for name in names]
+    return [folder.inside(name) for name in names], skipped
 
 
 def _pattern_name(pattern: str) -> str:

@@ -3,7 +3,7 @@
 Shards come in the order of their paths, samples within a shard in the order of their keys; an item's key is `SHARD/MEMBER`. The image is the
 member KEY.SUFFIX whose suffix is an image's (the first by name, where there are several). The label is the number in KEY.cls, or "label" or
 "cls" in KEY.json, which may also hold a "class_name". A sample that has a label and no image is listed and recorded as unreadable; other
-members are passed over.
+members are passed over and counted.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ..errors import ImageError
 from .folder_source import IMAGE_SUFFIXES
 from .items import NO_LABEL, ItemColumns, printable
 from .places import Place, relative_names
+from .skipped import Skipped
 from .tar_index import Member, TarWalk
-from .tar_source import TarSource, hidden, open_archive, refuse_link, table_of, threads_for
+from .tar_source import NO_IMAGE, TarSource, members_of, open_archive, sample_key, table_of, threads_for
 
-_MISSING = -1
 _LABEL_BYTES = 1 << 24  # of a .json at most: it is held in memory
 
 
@@ -43,6 +43,7 @@ class _Shard:
     members: pa.Table
     labels: NDArray[np.int32]
     class_names: list[str]
+    skipped: Skipped
 
 
 def open_shards(name: str, places: Sequence[Place]) -> TarSource:
@@ -62,38 +63,45 @@ def open_shards(name: str, places: Sequence[Place]) -> TarSource:
         shards = list(pool.map(list_shard, range(len(places))))
     members = pa.concat_tables([shard.members for shard in shards]).combine_chunks()
     offsets = members["offset"].to_numpy()
-    if not (offsets > _MISSING).any():
+    if not (offsets >= 0).any():
         raise ImageError(f"{name} holds no image: expected members KEY.SUFFIX with one of {' '.join(sorted(IMAGE_SUFFIXES))}")
     labels = np.concatenate([shard.labels for shard in shards])
     numbers, names = _number([name for shard in shards for name in shard.class_names])
     items = ItemColumns(members["name"].combine_chunks(), labels, names, numbers)
-    return TarSource(name, places, members, items, _notes(name, len(labels), int((labels == NO_LABEL).sum()), int((offsets == _MISSING).sum())))
+    skipped = Skipped()
+    for shard in shards:
+        skipped.update(shard.skipped)
+    return TarSource(
+        name, places, members, items, skipped, _notes(name, len(labels), int((labels == NO_LABEL).sum()), int((offsets == NO_IMAGE).sum()))
+    )
 
 
 def _list_shard(walk: TarWalk, number: int, prefix: bytes) -> _Shard:
     samples: dict[bytes, _Sample] = {}
-    for member in walk:
-        refuse_link(member, walk.where)
-        if member.kind != "file" or hidden(member.name):
+    skipped = Skipped()
+    for member in members_of(walk, skipped):
+        if member.kind == "folder":
             continue
         if member.name.endswith(b".tar"):
             raise ImageError(f"{walk.where} holds the tar {printable(member.name)}, so it is no WebDataset shard; give it alone, as one .tar")
-        folder, slash, base = member.name.rpartition(b"/")
-        stem, _, suffix = base.partition(b".")
-        key = folder + slash + stem
-        kind = "." + suffix.lower().decode("ascii", "replace")
+        key = sample_key(member.name)
+        kind = "." + member.name.rpartition(b"/")[2].partition(b".")[2].lower().decode("ascii", "replace")
         if kind in IMAGE_SUFFIXES:
             sample = samples.setdefault(key, _Sample())
+            if sample.image is not None and sample.image.name != member.name:
+                skipped.add("second image of its sample", max(sample.image.name, member.name))
             if sample.image is None or member.name <= sample.image.name:
                 sample.image = member
         elif kind in {".cls", ".json"}:
             _read_label(samples.setdefault(key, _Sample()), kind, walk, member)
+        else:
+            skipped.add(kind if kind != "." else "no suffix", member.name)
     rows, order = [], sorted(samples)
     for key in order:
-        image = samples[key].image or Member(key, _MISSING, 0, 0, "file")
+        image = samples[key].image or Member(key, NO_IMAGE, 0, 0, "file")
         rows.append((prefix + b"/" + image.name, number, image.offset, image.size, image.header_crc))
     labels = np.array([samples[key].label for key in order], np.int32)
-    return _Shard(table_of(rows), labels, [samples[key].class_name for key in order])
+    return _Shard(table_of(rows), labels, [samples[key].class_name for key in order], skipped)
 
 
 def _read_label(sample: _Sample, kind: str, walk: TarWalk, member: Member) -> None:

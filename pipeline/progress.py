@@ -302,7 +302,8 @@ def _one_line(error: Exception) -> str | None:
 
 def _made(value: Mapping[str, Any]) -> list[str]:
     """Name and value of everything that a stage reports."""
-    pairs = {_words(name): _told(name, item) for name, item in value.items() if item is not None and not (item is False and name in _FLAGS)}
+    empty = [name for name, item in value.items() if item is None or item == {} or (item is False and name in _FLAGS)]
+    pairs = {_words(name): _told(name, item) for name, item in value.items() if name not in empty}
     width = max(map(len, pairs), default=0)
     return [f"  {name:<{width}}  {text}" for name, text in pairs.items()]
 

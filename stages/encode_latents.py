@@ -366,6 +366,7 @@ def _result(job: _Job, *, failed: int, images_per_s: float | None, already_compl
         "rows": job.plan.rows,
         "images": job.plan.images,
         "failed": failed,
+        "skipped": job.source.skipped.counts(),
         "latent_shape": list(job.encoding.latent_shape),
         "bytes": _latent_bytes(job) if job.config.dry_run else sum(sizes.values()),
         "fingerprint": job.encoding.fingerprint,

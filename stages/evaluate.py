@@ -158,6 +158,7 @@ def _open(config: EvaluateConfig) -> Generator[Event, None, _Inputs]:
     tokenizer = ReVQTokenizer.from_pretrained(_tokenizer_folder(config.tokenizer), vae=config.vae, device=device).eval()
     _ = tokenizer.vae  # loaded now, so that a missing or another VAE is found before any work
     source = open_source(config.images)
+    yield from (Note(text=text) for text in source.notes)
     count = min(len(source.items), config.limit or len(source.items))
     weights = yield from find_metric_weights(
         inception=config.inception_weights, download=config.download, image_size=tokenizer.image_size, count=count
