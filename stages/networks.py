@@ -178,7 +178,7 @@ def cache_folder(given: str | None) -> Path | None:
 class _EmptyInception(FeatureExtractorInceptionV3):
     """The network before any weights: its constructor loads them."""
 
-    def load_state_dict(self, *_: Any, **__: Any) -> None:  # type: ignore[override]
+    def load_state_dict(self, *_: Any, **__: Any) -> None:
         """Load nothing."""
 
 
