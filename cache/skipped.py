@@ -19,7 +19,7 @@ _SHOWN = 8
 
 
 class Skipped:
-    """Counts by reason, and the first name of each."""
+    """Counts by reason, and the first name of each in the alphabet."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -31,7 +31,7 @@ class Skipped:
 
     def add(self, reason: str, name: bytes, count: int = 1) -> None:
         self._counts[reason] += count
-        self._first.setdefault(reason, name.decode("utf-8", "backslashreplace"))
+        self._name(reason, name.decode("utf-8", "backslashreplace"))
 
     def set_aside(self, path: bytes) -> bool:
         """Whether `path` (a folder's ends in a slash) is never an image by the rule above; a folder is counted once for all that is in it."""
@@ -48,7 +48,11 @@ class Skipped:
     def update(self, other: Skipped) -> None:
         for reason, count in other._counts.items():
             self._counts[reason] += count
-            self._first.setdefault(reason, other._first[reason])
+            self._name(reason, other._first[reason])
+
+    def _name(self, reason: str, name: str) -> None:
+        """Keep the name that comes first in the alphabet, whatever order a folder is listed in."""
+        self._first[reason] = min(name, self._first.get(reason, name))
 
     def counts(self) -> Mapping[str, int]:
         """Most frequent reason first: suffixes (".txt", "no suffix"), and the words above."""

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -170,19 +171,31 @@ def _load_plugin(spec: str) -> FrozenVAE:
     path = Path(file_name).expanduser()
     if not path.is_file():
         raise VAEError(f"VAE plug-in {path} does not exist; --vae takes FILE.py:FACTORY")
-    module_spec = importlib.util.spec_from_file_location(f"revq_vae_plugin_{path.stem}", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module
+    digest = sha256_file(path)
     try:
-        module_spec.loader.exec_module(module)
-        network = getattr(module, factory_name)()
+        network = getattr(_plugin_module(path, digest), factory_name)()
     except Exception as error:  # the plug-in is the user's code: whatever it raises is told, not shown as ours
         raise VAEError(f"VAE plug-in {spec} failed with {type(error).__name__}: {one_line(error)}") from error
     if not (isinstance(network, nn.Module) and callable(getattr(network, "encode", None)) and callable(getattr(network, "decode", None))):
         raise VAEError(f"VAE plug-in {spec} must return a torch.nn.Module with encode and decode, not {type(network).__name__}")
-    return FrozenVAE(network, vae_id=f"{path.resolve()}:{factory_name}", revision=None, config_sha256=sha256_file(path))
+    return FrozenVAE(network, vae_id=f"{path.resolve()}:{factory_name}", revision=None, config_sha256=digest)
+
+
+def _plugin_module(path: Path, digest: str) -> ModuleType:
+    """The plug-in's file as a module, run once for each content: two loads give instances of one class, which can be pickled."""
+    name = f"revq_vae_plugin_{path.stem}_{digest[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _load_files(spec: str, revision: str | None) -> FrozenVAE:

@@ -63,7 +63,7 @@ def round_trip_shape(vae: FrozenVAE, image_size: int) -> tuple[int, int, int]:
         fault = error
     if sides := _sides_that_do(vae, image_size):
         raise VAEError(f"VAE {vae.id} does not take {image_size} px: {fault}; choose --image-size {' or '.join(map(str, sides))}") from fault
-    if other := _other_input(vae):
+    if str(fault).startswith("its encode fails") and (other := _other_input(vae)):
         raise VAEError(f"VAE {vae.id} {other}; revq needs one of RGB images, (B,3,S,S) -> (B,C,H,W)") from fault
     raise VAEError(f"VAE {vae.id} cannot be used: {fault}") from fault
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from revq.cache.folder_source import IMAGE_SUFFIXES
+from revq.cache.images import load_pixels
 from revq.cache.photographs import HELD_OUT_FILES, TRAIN_FILES, view_boxes
 from revq.cache.sources import FolderSource, open_source, order_sha256
 from revq.errors import ImageError
@@ -32,9 +35,97 @@ def test_class_folders_are_numbered_by_sorted_name_and_read_at_any_depth(tmp_pat
     assert source.read(1) == b"cat/deep/er/9.jpg"
 
 
-def test_a_class_folder_without_images_keeps_its_number(tmp_path: Path) -> None:
-    source = open_source(plant(tmp_path, "a/readme.txt", "b/1.jpg"))
-    assert [item.label for item in source.items] == [1]
+ASIDE = ["__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", ".git", ".ipynb_checkpoints", "PaxHeaders.12", "lost+found"]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_folders_that_hold_no_image_and_those_that_systems_leave_are_no_classes_and_are_told(tmp_path: Path, remote: bool) -> None:
+    plant(tmp_path, *(f"{name}/deep/1.jpg" for name in ASIDE), "b/1.jpg", "b/@eaDir/1.jpg/x.jpg", "b/.DS_Store", "texts/a.txt", "z/2.jpg")
+    plant(tmp_path, "latents.zarr/zarr.json", "latents.zarr/train/zarr.json", "latents.zarr/train/latents/c/0.png", "README", "LICENSE")
+    (tmp_path / "empty").mkdir()
+    source = open_source(f"local://{tmp_path}" if remote else tmp_path)
+    assert [(item.key, item.label, item.class_name) for item in source.items] == [("b/1.jpg", 0, "b"), ("z/2.jpg", 1, "z")]
+    told = {"system folder": 8, "hidden": 3, "folder without an image": 2, "no suffix": 2, ".txt": 1, "Zarr store": 1}
+    assert source.skipped.counts() == told
+    assert source.notes == (source.notes[0],)
+    assert source.notes[0].startswith(f"17 entries of {source.name} are passed over: 8 system folder (")
+    for text in ("2 folder without an image (empty/, ...)", "1 .txt (texts/a.txt)", "1 Zarr store (latents.zarr)"):
+        assert text in source.notes[0]
+
+
+def test_every_suffix_that_the_decoder_reads_is_an_image_and_what_it_cannot_read_is_counted(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (9, 9), (200, 100, 50))
+    formats = {"bmp": "BMP", "gif": "GIF", "png": "PNG", "apng": "PNG", "tif": "TIFF", "tiff": "TIFF", "webp": "WEBP", "mpo": "MPO"}
+    formats |= dict.fromkeys(("jpg", "jpeg", "jpe", "jfif"), "JPEG") | dict.fromkeys(("ppm", "pgm", "pbm", "pnm"), "PPM")
+    for suffix, name in formats.items():
+        grey = {"pgm": "L", "pbm": "1"}.get(suffix, "RGB")
+        picture.convert(grey).save(tmp_path / f"a.{suffix}", name)
+        picture.convert(grey).save(tmp_path / f"B.{suffix.upper()}", name)
+    plant(tmp_path, "a.heic", "a.svg", "a.xml", "b.xml", "noname")
+    source = open_source(tmp_path)
+    assert {f".{suffix}" for suffix in formats} == IMAGE_SUFFIXES
+    assert len(source.items) == 2 * len(formats)
+    assert {load_pixels(source.read(i), 8).array.shape for i in range(len(source.items))} == {(3, 8, 8)}
+    assert source.skipped.counts() == {".xml": 2, ".heic": 1, ".svg": 1, "no suffix": 1}
+
+
+REFUSED = [
+    ("train and val", ["train/a/1.jpg", "train/b/1.jpg", "val/b/1.jpg"], "train", ["a/1.jpg", "b/1.jpg"]),
+    ("flat ones", ["Test/1.jpg", "training/1.jpg"], "Test", ["1.jpg"]),
+    ("one alone", ["train/a/1.jpg", "train/b/2.jpg", "info/a.txt"], "train", ["a/1.jpg", "b/2.jpg"]),
+    ("a third beside them", ["extra/1.jpg", "test/b/1.jpg", "train/a/1.jpg"], "test", ["b/1.jpg"]),
+]
+
+
+@pytest.mark.parametrize(("names", "first", "keys"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_splits_are_never_taken_for_classes_and_the_folder_that_the_message_names_is_read(
+    tmp_path: Path, names: list[str], first: str, keys: list[str]
+) -> None:
+    plant(tmp_path, *names)
+    with pytest.raises(ImageError, match=rf"holds the splits {first}/.* such as .*/{first}$") as caught:
+        open_source(tmp_path)
+    assert [item.key for item in open_source(str(caught.value).partition("such as ")[2]).items] == keys
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["bus/1.jpg", "train/1.jpg", "train/red/2.jpg"], ["train/1.jpg"], ["bus/1.jpg", "test/1.jpg", "train/2.jpg"], ["trains/a/1.jpg", "val/b/2.jpg"]],
+)
+def test_a_class_may_be_called_train(tmp_path: Path, names: list[str]) -> None:
+    source = open_source(plant(tmp_path, *names))
+    assert sorted({item.class_name for item in source.items}) == sorted({name.partition("/")[0] for name in names})
+
+
+def test_links_to_images_and_folders_are_followed_at_any_depth_as_imagefolder_does(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    plant(tmp_path, "far/1.jpg", "far/deep/2.jpg", "root/ant/3.jpg", "root/ant/sub/4.jpg", "root/bee/5.jpg")
+    for link, target in {"cow": "../far", "ant/far": "../../far/deep", "bee/6.jpg": "../../far/1.jpg", "bee/sub": "../ant/sub"}.items():
+        (tmp_path / "root" / link).symlink_to(target)
+    source = open_source(tmp_path / "root")
+    expected = ImageFolder(str(tmp_path / "root")).samples
+    assert sorted((str(tmp_path / "root" / item.key), item.label) for item in source.items) == sorted(expected)
+    assert source.read(0) == b"root/ant/3.jpg"
+    assert source.notes == ()
+
+
+def test_links_that_lead_back_end_and_are_told(tmp_path: Path) -> None:
+    plant(tmp_path, "root/ant/1.jpg", "root/bee/2.jpg")
+    for link, target in {"ant/up": "..", "ant/self": ".", "bee/other": "../ant", "ant/other": "../bee", "bee/gone": "nowhere"}.items():
+        (tmp_path / "root" / link).symlink_to(target)
+    source = open_source(tmp_path / "root")
+    assert [item.key for item in source.items] == ["ant/1.jpg", "ant/other/2.jpg", "bee/2.jpg", "bee/other/1.jpg"]
+    assert source.skipped.counts() == {"link to a folder around it": 6, "broken link": 2}
+
+
+UNLISTABLE = {
+    "folders": ("{root}", "a class folder"),
+    "deep": ("{root}/ant", "a folder below it"),
+    "remote": ("local://{root}", "a class folder"),
+    "cached": ("simplecache::{root}", "a class folder"),
+    "glob": ("{root}/*/x*.tar", "a folder of a glob"),
+    "root": ("{root}/ant/deep", "the folder itself"),
+}
 
 
 def test_a_name_that_is_not_utf8_is_listed_with_escapes_and_can_be_read(tmp_path: Path) -> None:
@@ -55,8 +146,8 @@ def test_the_name_of_a_folder_source_does_not_depend_on_how_its_path_is_written(
 def test_a_missing_folder_a_file_and_a_folder_without_images_are_each_told_apart(tmp_path: Path) -> None:
     plant(tmp_path, "texts/a.txt", "texts/b.txt", "texts/c.csv", "nested/x/y.md", "one.png")
     (tmp_path / "empty").mkdir()
-    cases = {"missing": "does not exist", "one.png": "is a file", "empty": "holds no file", "nested": r"1 x \.md"}
-    cases["texts"] = r"found 2 x \.txt, 1 x \.csv"
+    cases = {"missing": "does not exist", "one.png": "is a file", "empty": "holds no file", "nested": r"1 \.md \(x/y\.md\)"}
+    cases["texts"] = r"found 2 \.txt \(a\.txt, \.\.\.\), 1 \.csv"
     for name, message in cases.items():
         with pytest.raises(ImageError, match=message):
             open_source(tmp_path / name)
