@@ -107,7 +107,9 @@ def _fit_codebooks(
     max_samples: Annotated[int | None, _method(help="Fit on at most so many latents.", show_default="all")] = None,
     rectifier_share: Annotated[float, _advanced(help="Share of the images kept for train-rectifier; for small data sets.")] = 0.0,
     calibration_samples: Annotated[int, _advanced(help="Products through the decoder for --transform decoder.")] = 2048,
-    backend: Annotated[str, _machine(help="k-means: faiss, torch, or auto: torch, but faiss on a CPU without Numba.")] = "auto",
+    backend: Annotated[
+        str, _machine(help="k-means: faiss, torch, or auto: faiss on a GPU with faiss-gpu and on a CPU without Numba, else torch.")
+    ] = "auto",
     vae: OtherVAE = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
@@ -259,7 +261,7 @@ def _compare(
 @app.command("run")
 def _run(
     config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="TOML file with the settings of every stage.", show_default=False)] = None,
-    preset: Annotated[str | None, typer.Option(help="paper-512, paper-256, revq-512 or demo, instead of CONFIG.")] = None,
+    preset: Annotated[str | None, typer.Option(help="paper-512, paper-256-64k, paper-256-256k, revq-512 or demo, instead of CONFIG.")] = None,
     images: Annotated[str | None, typer.Option(help="Folder of training images.", show_default="as configured")] = None,
     val_images: Annotated[str | None, typer.Option(help="Folder of unseen images.", show_default="as configured")] = None,
     out: Annotated[str | None, typer.Option(help="Folder for everything that is made.", show_default="as configured")] = None,
