@@ -25,8 +25,8 @@ from revq.models.device import pick_device
 from revq.models.tokenizer import TOKENIZER_KIND, ReVQTokenizer
 from revq.models.vae import FrozenVAE
 from revq.stages.evaluate import EvaluateConfig, evaluate
+from revq.stages.evaluation.networks import Inception
 from revq.stages.events import Advance, Begin
-from revq.stages.networks import Inception
 
 VAE, IMAGE_SIZE, BATCH, TOKENS, CODES = "revq-tiny-f8c8", 128, 32, 256, 256
 IMAGES = "photographs:train"

@@ -30,8 +30,8 @@ from revq.models.device import bf16_is_fast, pick_device
 from revq.models.rectifier import Rectifier
 from revq.models.transform import LatentTransform
 from revq.stages.events import Advance, Begin
-from revq.stages.network import open_network
 from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+from revq.stages.training.network import open_network
 
 IMAGENET, EPOCHS = 1_281_167, 100
 PAPER = {"width": 512, "depth": 3}
@@ -171,8 +171,8 @@ class OurSteps:
     def __init__(self, store: Path, codebooks: Path, out: Path, device: torch.device, *, steps: int, **settings: object) -> None:
         from revq.models.codebooks import load_codebooks
         from revq.stages import train_rectifier as stage
-        from revq.stages.train_state import new_state
-        from revq.stages.training_data import open_inputs
+        from revq.stages.training.data import open_inputs
+        from revq.stages.training.state import new_state
 
         config = TrainRectifierConfig(store=str(store), codebooks=str(codebooks), out=str(out), steps=10_000, device=str(device), **settings)  # type: ignore[arg-type]
         fitted = load_codebooks(codebooks)

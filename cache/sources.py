@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import ImageError
-from .folder_source import FolderSource, check_folder, is_image, suffix_of, what_it_is
-from .items import ImageItem, order_sha256
-from .patterns import check_one_set, expand, has_glob, is_pattern
-from .places import FOLDER, Place, place_of
-from .skipped import Skipped
-from .tar_index import compressed_message
+from .image_sources.folder import FolderSource, check_folder, is_image, suffix_of, what_it_is
+from .image_sources.items import ImageItem, order_sha256
+from .image_sources.patterns import check_one_set, expand, has_glob, is_pattern
+from .image_sources.places import FOLDER, Place, place_of
+from .image_sources.skipped import Skipped
+from .image_sources.tar_index import compressed_message
 
 __all__ = ["FolderSource", "ImageItem", "ImageSource", "open_source", "order_sha256"]
 
@@ -78,7 +78,7 @@ def open_source(spec: str | Path) -> ImageSource:
 
 def _open(text: str) -> ImageSource:
     if text.startswith(PHOTOGRAPHS_PREFIX):
-        from .photographs import PhotographSource  # imports scikit-image's location only where it is used
+        from .image_sources.photographs import PhotographSource  # imports scikit-image's location only where it is used
 
         return PhotographSource(text.removeprefix(PHOTOGRAPHS_PREFIX))
     if is_pattern(text):
@@ -111,16 +111,16 @@ def _open_files(name: str, places: Sequence[Place]) -> ImageSource:
     if odd is not None:
         raise ImageError(f"{name} holds both {places[0].base} and {odd.base}; give one kind, such as *{suffix_of(places[0].path)}")
     if suffix_of(places[0].path) == ".parquet":
-        from .parquet_source import ParquetSource
+        from .image_sources.parquet import ParquetSource
 
         return ParquetSource(name, places)
-    from . import tar_source
+    from .image_sources import tar as tar_source
 
     if tar_source.are_class_tars(places):
         return tar_source.open_class_tars(name, places)
     if len(places) == 1:
         return tar_source.open_tar(places[0])
-    from .webdataset import open_shards
+    from .image_sources.webdataset import open_shards
 
     return open_shards(name, places)
 

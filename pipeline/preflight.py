@@ -11,10 +11,10 @@ from ..models.device import pick_device
 from ..models.kmeans import pick_backend
 from ..models.vae import FrozenVAE
 from ..stages.encode_latents import EncodeLatentsConfig
+from ..stages.evaluation.weights import INCEPTION, find_weights
 from ..stages.fit_codebooks import check_tokens
-from ..stages.objectives import find_lpips
-from ..stages.training_data import check_ranks
-from ..stages.weights import INCEPTION, find_weights
+from ..stages.training.data import check_ranks
+from ..stages.training.losses import find_lpips
 from .config import Plan
 
 

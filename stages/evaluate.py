@@ -27,18 +27,18 @@ from ..files import output_kind
 from ..models.device import pick_device
 from ..models.tokenizer import ReVQTokenizer
 from . import ranks
+from .evaluation.loader import Batch, Loader
+from .evaluation.metrics import ROWS, score_images
+from .evaluation.networks import FeatureCache, Inception, Lpips, cache_folder
+from .evaluation.outputs import EVALUATION_KIND, METRICS_NAME, finished_metrics, write_evaluation
+from .evaluation.protocols import PROTOCOLS
+from .evaluation.reconstruct import check_round_trip, reconstruct
+from .evaluation.summary import Context
+from .evaluation.tally import Measured, Tally, new_tally, resume, save_partial
+from .evaluation.tolerance import Instruments, affordable_images, measure_tolerance
+from .evaluation.weights import FoundWeights, find_metric_weights
 from .events import Advance, Begin, Event, Note, Result
-from .loading import Batch, Loader
-from .metrics import ROWS, score_images
-from .networks import FeatureCache, Inception, Lpips, cache_folder
 from .output_folder import OutputFolder, note_on_writer, output_folder
-from .outputs import EVALUATION_KIND, METRICS_NAME, finished_metrics, write_evaluation
-from .protocols import PROTOCOLS
-from .reconstruct import check_round_trip, reconstruct
-from .summary import Context
-from .tally import Measured, Tally, new_tally, resume, save_partial
-from .tolerance import Instruments, affordable_images, measure_tolerance
-from .weights import FoundWeights, find_metric_weights
 
 PRECISIONS = ("fp32", "bf16")
 _SAVE_EVERY_S = 120.0

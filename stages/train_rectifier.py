@@ -40,21 +40,21 @@ from ..models.quantizer import code_counts, reset_unused
 from ..models.rectifier import BLOCKS, update_average
 from ..models.tokenizer import ReVQTokenizer
 from . import ranks
-from .checkpoints import began_with, resume, save_checkpoint, take_weights
 from .code_usage import count_codes, write_usage
 from .events import Advance, Begin, Event, Note, Result
-from .frozen_table import FrozenTable, quantize_once
-from .live_figures import LOG_EVERY, LiveFigures, codebook_figures, mean_usage, row_is_due
-from .micro_batches import backward_in_parts, memory_advice, try_last_phase
-from .network import COMPILE, RectifierNetwork, open_network
-from .objectives import PictureLoss, latent_loss
 from .output_folder import OutputFolder, note_on_writer, output_folder
-from .schedules import SCHEDULES, decay, evaluation_interval, first_phase_factor, last_phase_factor
-from .train_state import LATENT_SCORE, PICTURE_SCORE, TrainState, chosen_step, judge, new_state, stop_early, watch_for_bad_steps
-from .trained_tokenizer import build_tokenizer, is_complete, result, save_tokenizer
-from .training_data import LATENTS, Inputs, open_inputs
-from .training_log import TrainingLog, require_wandb
-from .validation import picture_error, preview, validate
+from .training.checkpoints import began_with, resume, save_checkpoint, take_weights
+from .training.data import LATENTS, Inputs, open_inputs
+from .training.frozen_tokens import FrozenTable, quantize_once
+from .training.live_figures import LOG_EVERY, LiveFigures, codebook_figures, mean_usage, row_is_due
+from .training.log import TrainingLog, require_wandb
+from .training.losses import PictureLoss, latent_loss
+from .training.micro_batches import backward_in_parts, memory_advice, try_last_phase
+from .training.network import COMPILE, RectifierNetwork, open_network
+from .training.schedules import SCHEDULES, decay, evaluation_interval, first_phase_factor, last_phase_factor
+from .training.state import LATENT_SCORE, PICTURE_SCORE, TrainState, chosen_step, judge, new_state, stop_early, watch_for_bad_steps
+from .training.tokenizer_folder import build_tokenizer, is_complete, result, save_tokenizer
+from .training.validation import picture_error, preview, validate
 
 RUN_KIND = "revq-rectifier-run"
 # What may change from one command to the next on the same folder: none of it shapes the weights beyond rounding.

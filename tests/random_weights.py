@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from revq.stages.weights import ALEXNET, VGG16
+from revq.stages.evaluation.weights import ALEXNET, VGG16
 
 
 class UntrainedInception(FeatureExtractorInceptionV3):

@@ -20,12 +20,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from revq.cache import parquet_source
+from revq.cache.image_sources import parquet as parquet_source
+from revq.cache.image_sources.patterns import expand_braces
+from revq.cache.image_sources.places import Place
+from revq.cache.image_sources.tar_index import TarWalk
 from revq.cache.images import load_pixels
-from revq.cache.patterns import expand_braces
-from revq.cache.places import Place
 from revq.cache.sources import ImageSource, open_source, order_sha256
-from revq.cache.tar_index import TarWalk
 from revq.errors import ImageError
 
 

@@ -26,9 +26,9 @@ from revq.models.tokenizer import TOKENIZER_KIND, ReVQTokenizer
 from revq.models.transform import LatentTransform
 from revq.models.vae import FrozenVAE
 from revq.stages.evaluate import EvaluateConfig, evaluate
+from revq.stages.evaluation.metrics import METRICS, ROWS, to_signed, to_uint8
+from revq.stages.evaluation.pictures import draw_grid
 from revq.stages.events import Advance, Begin, Event, Note, Result, run_quietly
-from revq.stages.metrics import METRICS, ROWS, to_signed, to_uint8
-from revq.stages.pictures import draw_grid
 
 SIZE = 64
 TOKENS, CODES = 512, 24

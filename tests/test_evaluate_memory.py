@@ -43,7 +43,7 @@ for event in evaluate(EvaluateConfig(tokenizer=f"{folder}/tokenizer", images=ima
 print(before, held_mb("VmHWM"))
 """
 INCEPTION = """
-from revq.stages.networks import Inception
+from revq.stages.evaluation.networks import Inception
 
 network = Inception(Path(sys.argv[1]), torch.device("cpu"))
 network.features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
@@ -52,8 +52,8 @@ network.features(torch.zeros(24, 3, 64, 64, dtype=torch.uint8))
 print(before, held_mb("VmHWM"))
 """
 LPIPS = """
-from revq.stages.metrics import score_images
-from revq.stages.networks import Lpips
+from revq.stages.evaluation.metrics import score_images
+from revq.stages.evaluation.networks import Lpips
 
 network = Lpips("vgg", Path(sys.argv[1]), torch.device("cpu"))
 images = torch.zeros(24, 3, 256, 256, dtype=torch.uint8)

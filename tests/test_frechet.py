@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from revq.stages.frechet import InceptionScore, Moments, frechet_distance, gaussian_of, split_of_images
+from revq.stages.evaluation.frechet import InceptionScore, Moments, frechet_distance, gaussian_of, split_of_images
 
 CPU = torch.device("cpu")
 

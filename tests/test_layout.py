@@ -22,7 +22,7 @@ ALLOWED = {
 
 
 def modules(package: str) -> list[Path]:
-    return sorted((ROOT / package).glob("*.py"))
+    return sorted((ROOT / package).rglob("*.py"))
 
 
 def imported_parts(path: Path) -> set[str]:

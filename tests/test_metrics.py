@@ -23,10 +23,10 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image import LearnedPerceptualImagePatchSimilarity, PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from revq.errors import ConfigError
-from revq.stages.frechet import InceptionScore, Moments, frechet_distance, split_of_images
-from revq.stages.metrics import CodebookUsage, score_images, ssim, to_signed, to_uint8
-from revq.stages.networks import CLASSES, FEATURES, FeatureCache, Inception, Lpips
-from revq.stages.weights import ALEXNET, INCEPTION, WeightFile, find_weights
+from revq.stages.evaluation.frechet import InceptionScore, Moments, frechet_distance, split_of_images
+from revq.stages.evaluation.metrics import CodebookUsage, score_images, ssim, to_signed, to_uint8
+from revq.stages.evaluation.networks import CLASSES, FEATURES, FeatureCache, Inception, Lpips
+from revq.stages.evaluation.weights import ALEXNET, INCEPTION, WeightFile, find_weights
 
 CPU = torch.device("cpu")
 

@@ -16,10 +16,10 @@ from revq.models.transform import LatentTransform
 from revq.models.vae import EMBEDDED_VAE, FrozenVAE
 from revq.stages.events import Advance, Begin, Event, Note, run_quietly
 from revq.stages.fit_codebooks import FitCodebooksConfig, fit_codebooks
-from revq.stages.micro_batches import backward_in_parts
-from revq.stages.network import RectifierNetwork
-from revq.stages.objectives import PictureLoss
 from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+from revq.stages.training.losses import PictureLoss
+from revq.stages.training.micro_batches import backward_in_parts
+from revq.stages.training.network import RectifierNetwork
 
 SETTINGS = {"steps": 4, "batch_size": 16, "width": 32, "depth": 1, "evaluations": 2, "codebook_lr": 0.0, "finish_steps": 4, "finish_batch_size": 4}
 

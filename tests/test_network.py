@@ -14,8 +14,8 @@ from torch import nn
 from revq.models.device import bf16_is_fast
 from revq.models.rectifier import Rectifier
 from revq.stages.events import Advance, run_quietly
-from revq.stages.network import open_network
 from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+from revq.stages.training.network import open_network
 
 
 class OneShapeCompiler:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from revq.cache.crops import CROPS, load_square
 from revq.cache.images import UnreadableImage, load_pixels
-from revq.stages.protocols import PROTOCOLS, is_imagenet_val, other_crops, rfid_label
+from revq.stages.evaluation.protocols import PROTOCOLS, is_imagenet_val, other_crops, rfid_label
 
 Floats = NDArray[np.float64]
 

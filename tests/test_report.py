@@ -20,8 +20,8 @@ from PIL import Image
 from revq.errors import OutputError
 from revq.pipeline.page import error_map, html_report
 from revq.pipeline.report import cut_tiles, headline_table, markdown_report, verdict, write_report
-from revq.stages.metrics import ROWS
-from revq.stages.pictures import draw_grid
+from revq.stages.evaluation.metrics import ROWS
+from revq.stages.evaluation.pictures import draw_grid
 
 VOID = {"meta", "img", "br", "link", "input", "line", "polyline"}
 METRICS: dict[str, Any] = {

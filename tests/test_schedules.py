@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from revq.stages.schedules import SCHEDULES, decay, first_phase_factor, last_phase_factor
+from revq.stages.training.schedules import SCHEDULES, decay, first_phase_factor, last_phase_factor
 
 
 @pytest.mark.parametrize(("schedule", "end"), [("exponential", 0.05), ("cosine", 0.0), ("constant", 1.0)])

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from revq.cache.folder_source import IMAGE_SUFFIXES
+from revq.cache.image_sources.folder import IMAGE_SUFFIXES
+from revq.cache.image_sources.photographs import HELD_OUT_FILES, TRAIN_FILES, view_boxes
 from revq.cache.images import load_pixels
-from revq.cache.photographs import HELD_OUT_FILES, TRAIN_FILES, view_boxes
 from revq.cache.sources import FolderSource, open_source, order_sha256
 from revq.errors import ImageError
 

@@ -15,9 +15,9 @@ from revq.cache.sources import open_source
 from revq.models.tokenizer import ReVQTokenizer
 from revq.models.vae import FrozenVAE
 from revq.stages.evaluate import EvaluateConfig, evaluate
+from revq.stages.evaluation.tolerance import LEVELS, _noise
 from revq.stages.events import Begin, run_quietly
 from revq.stages.fit_codebooks import FitCodebooksConfig, fit_codebooks
-from revq.stages.tolerance import LEVELS, _noise
 from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
 
 

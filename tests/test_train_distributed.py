@@ -20,7 +20,7 @@ from revq.models.codebooks import load_codebooks
 from revq.stages import ranks
 from revq.stages.events import run_quietly
 from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
-from revq.stages.training_data import Inputs, open_inputs
+from revq.stages.training.data import Inputs, open_inputs
 
 SMALL = {"batch_size": 24, "width": 32, "depth": 1, "evaluations": 4, "finish_steps": 4, "finish_batch_size": 8, "precision": "fp32"}
 

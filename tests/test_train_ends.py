@@ -14,7 +14,7 @@ from revq import ReVQTokenizer
 from revq.errors import TrainingError
 from revq.stages.events import Event, Note, run_quietly
 from revq.stages.train_rectifier import train_rectifier
-from revq.stages.train_state import LATENT_SCORE, judge
+from revq.stages.training.state import LATENT_SCORE, judge
 
 LAST_PHASE = {"steps": 0, "finish_steps": 8, "finish_batch_size": 8, "codebook_lr": 0.0, "ema": 0.0}
 

@@ -13,12 +13,12 @@ from training_runs import config, metrics_of, prepared, stop_at, weights
 
 from revq import LatentStore, ReVQTokenizer
 from revq.models.quantizer import code_counts, dead_codes, perplexity, usage
-from revq.stages import live_figures
 from revq.stages import train_rectifier as stage
 from revq.stages.events import Advance, Begin, Event, run_quietly
-from revq.stages.live_figures import LiveFigures, row_is_due
 from revq.stages.train_rectifier import train_rectifier
-from revq.stages.validation import preview
+from revq.stages.training import live_figures
+from revq.stages.training.live_figures import LiveFigures, row_is_due
+from revq.stages.training.validation import preview
 
 TRAIN_LATENTS = 120
 

@@ -14,11 +14,12 @@ from revq.cache import batches
 from revq.cache.batches import ResidentLatents, StreamingLatents, reader_that_fits
 from revq.errors import MismatchError
 from revq.models.codebooks import load_codebooks
-from revq.stages import frozen_table, ranks
+from revq.stages import ranks
 from revq.stages.events import Advance, Begin, run_quietly
-from revq.stages.frozen_table import quantize_once, table_bytes
 from revq.stages.train_rectifier import train_rectifier
-from revq.stages.training_data import open_inputs
+from revq.stages.training import frozen_tokens as frozen_table
+from revq.stages.training.data import open_inputs
+from revq.stages.training.frozen_tokens import quantize_once, table_bytes
 
 PLENTY_BYTES = 1 << 40
 

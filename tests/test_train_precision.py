@@ -13,8 +13,8 @@ from revq import ReVQTokenizer
 from revq.models.device import bf16_is_fast
 from revq.models.rectifier import Rectifier
 from revq.stages.events import run_quietly
-from revq.stages.network import _compiled
 from revq.stages.train_rectifier import train_rectifier
+from revq.stages.training.network import _compiled
 
 
 @pytest.mark.skipif(not bf16_is_fast(torch.device("cpu")), reason="this processor has no bf16 instructions")

@@ -26,13 +26,13 @@ from revq import LatentStore, ReVQTokenizer
 from revq.errors import ConfigError, MismatchError, OutputError, StoreError, TrainingError
 from revq.models.codebooks import load_codebooks
 from revq.models.quantizer import MultiGroupQuantizer
-from revq.stages import frozen_table
-from revq.stages.checkpoints import resume
 from revq.stages.events import Note, run_quietly
 from revq.stages.train_rectifier import _prepare, _reset_unused, _step, train_rectifier
-from revq.stages.train_state import new_state
-from revq.stages.training_data import open_inputs
-from revq.stages.validation import validate
+from revq.stages.training import frozen_tokens as frozen_table
+from revq.stages.training.checkpoints import resume
+from revq.stages.training.data import open_inputs
+from revq.stages.training.state import new_state
+from revq.stages.training.validation import validate
 
 
 def test_a_run_leaves_a_tokenizer_metrics_checkpoints_and_tensorboard_events(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_without_a_compiler_training_goes_on_without_compilation(small_store: Pa
 
 
 def test_weights_and_biases_where_it_is_not_installed_is_refused_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("revq.stages.training_log.importlib.util.find_spec", lambda package: None)
+    monkeypatch.setattr("revq.stages.training.log.importlib.util.find_spec", lambda package: None)
     with pytest.raises(ConfigError, match="pip install wandb"):
         config(Path("store"), Path("codebooks"), Path("out"), wandb=True)
 

@@ -14,8 +14,8 @@ from revq import LatentStore
 from revq.models.codebooks import load_codebooks
 from revq.stages.events import Advance, Begin, Event
 from revq.stages.train_rectifier import TrainRectifierConfig, _prepare, _step
-from revq.stages.train_state import new_state
-from revq.stages.training_data import open_inputs
+from revq.stages.training.data import open_inputs
+from revq.stages.training.state import new_state
 
 SMALL = {"steps": 12, "batch_size": 16, "width": 32, "depth": 1, "evaluations": 4}
 

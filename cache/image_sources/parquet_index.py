@@ -1,0 +1,153 @@
+"""What Parquet files of images hold, from their footers, labels and paths alone: see `parquet_source`."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ...errors import ImageError
+from .items import NO_LABEL
+from .places import Place, RandomFile
+
+_BUFFER_BYTES = 4 << 20  # read at once from a column: without it, pyarrow reads all of a row group's bytes first
+
+
+@dataclass(frozen=True)
+class Columns:
+    image: str
+    """Path of the leaf that holds the bytes, such as "image.bytes"."""
+    path: str | None
+    label: str | None
+    class_names: list[str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file."""
+
+    place: Place
+    size: int
+    metadata: pq.FileMetaData
+
+
+class _Reader(io.RawIOBase):
+    """A remote file as pyarrow wants it, with the retries of `places`: a server's failure is no damage of the file."""
+
+    def __init__(self, file: RandomFile) -> None:
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        return self._at
+
+    def read(self, count: int = -1) -> bytes:
+        data = self._file.read_at(self._at, self._file.size - self._at if count < 0 else count)
+        self._at += len(data)
+        return data
+
+
+def open_parquet(place: Place, **options: Any) -> pq.ParquetFile:
+    source = place.path if place.filesystem is None else _Reader(place.open())
+    return pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True, **options)
+
+
+def size_of(place: Place) -> int:
+    return place.open().size
+
+
+@contextmanager
+def damage(place: Place) -> Iterator[None]:
+    """What pyarrow raises on damaged pages, as the OSError of an image that cannot be read."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise OSError(f"{place.base} is damaged there ({' '.join(str(error).split())[:150]})") from error
+
+
+def read_footer(place: Place) -> Part:
+    try:
+        size = size_of(place)
+        with open_parquet(place) as file:
+            return Part(place, size, file.metadata)
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ImageError(f"{place} is no Parquet file, or is cut off ({reason}); fetch it again") from error
+
+
+def find_columns(part: Part) -> Columns:
+    schema = part.metadata.schema.to_arrow_schema()
+    images = [field for field in schema if _bytes_leaf(field) is not None]
+    images = [field for field in images if field.name == "image"] or images
+    if len(images) != 1:
+        found = ", ".join(f"{field.name}: {field.type}" for field in schema)
+        raise ImageError(f"{part.place} must have one column of images (image: struct<bytes, path>), and has {found}; rename the right one to image")
+    features = _hub_features(schema)
+    classes = [name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"]
+    label = "label" if "label" in schema.names else classes[0] if len(classes) == 1 else None
+    if label is not None and not pa.types.is_integer(schema.field(label).type):
+        raise ImageError(f"{part.place} has labels of type {schema.field(label).type}; expected whole numbers in its column {label}")
+    names = features.get(label, {}).get("names") if label in classes else None
+    field = images[0]
+    has_path = pa.types.is_struct(field.type) and any(leaf.name == "path" and pa.types.is_string(leaf.type) for leaf in field.type)
+    class_names = [str(name) for name in names] if isinstance(names, list) else []
+    return Columns(str(_bytes_leaf(field)), f"{field.name}.path" if has_path else None, label, class_names)
+
+
+def _bytes_leaf(field: pa.Field) -> str | None:
+    def is_bytes(kind: pa.DataType) -> bool:
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    if pa.types.is_struct(field.type):
+        return next((f"{field.name}.bytes" for leaf in field.type if leaf.name == "bytes" and is_bytes(leaf.type)), None)
+    return field.name if is_bytes(field.type) else None
+
+
+def _hub_features(schema: pa.Schema) -> dict[str, Any]:
+    """What the datasets library wrote about the columns; empty where it wrote nothing that can be understood."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def list_rows(part: Part, columns: Columns, prefix: str) -> tuple[pa.LargeBinaryArray, np.ndarray[Any, np.dtype[np.int32]]]:
+    """Keys (N), which begin with `prefix`, and labels (N) of one file. Raises ImageError."""
+    wanted = [column for column in (columns.path, columns.label) if column]
+    leaves = {part.metadata.schema.column(i).path for i in range(part.metadata.num_columns)}
+    absent = [column for column in (columns.image, *wanted) if column not in leaves]
+    if absent:
+        raise ImageError(f"{part.place} has no column {absent[0]}, which the first file has; give files of one data set")
+    rows = part.metadata.num_rows
+    names, labels = pa.array([f"{prefix}/{row:07d}" for row in range(rows)]), np.full(rows, NO_LABEL, np.int32)
+    try:
+        with open_parquet(part.place, metadata=part.metadata) as file:
+            table = file.read(columns=wanted)
+        if columns.path:
+            column = table[columns.path.rpartition(".")[0]].combine_chunks()
+            names = pc.binary_join_element_wise(names, column.field("path"), "/", null_handling="skip")
+        if columns.label:
+            labels = pc.fill_null(table[columns.label], NO_LABEL).cast(pa.int32()).to_numpy()
+    except (pa.ArrowException, OSError) as error:
+        raise ImageError(
+            f"{part.place} is damaged, or its labels are no small numbers ({' '.join(str(error).split())[:150]}); fetch it again"
+        ) from error
+    return names.cast(pa.large_binary()), labels

@@ -1,0 +1,108 @@
+"""Patterns that name many files: `*`, `?`, `[...]`, and braces as a shell expands them, `train-{0000..1023}.tar`."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from ...errors import ImageError
+from .places import REMOTE_THREADS, Place, is_url, place_of, remote_errors, turn
+
+_GLOB = re.compile(r"[*?\[]")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.([1-9]\d*))?")
+_PART = re.compile(r"(.*?)[-_.]?(\d+)?(-of-(\d+))?\.(tar|parquet)", re.IGNORECASE)
+
+
+def is_pattern(spec: str) -> bool:
+    """Whether `spec` is a glob or has braces. A local path that exists is never a pattern."""
+    if not is_url(spec) and os.path.lexists(os.path.expanduser(spec)):
+        return False
+    return has_glob(spec) or expand_braces(spec) != [spec]
+
+
+def has_glob(spec: str) -> bool:
+    """Whether there is `*`, `?` or `[` in it; in a web address these mean something else."""
+    return bool(_GLOB.search(spec)) and not spec.startswith(("http://", "https://"))
+
+
+def expand(pattern: str) -> list[Place]:
+    """Sorted places of a glob, or of braces.
+
+    Raises:
+        ImageError: nothing matches, or one of the brace's names is not there.
+    """
+    names = expand_braces(pattern)
+    with ThreadPoolExecutor(REMOTE_THREADS if is_url(pattern) else 1) as pool:
+        found = dict(zip(names, pool.map(_matches, names), strict=True))
+    missing = [name for name in names if not found[name]]
+    if len(missing) == len(names):
+        raise ImageError(f"no file matches {pattern}; give the path of one that is there, or a glob or brace that matches")
+    if missing:
+        raise ImageError(f"{len(missing)} of the {len(names)} files of {pattern} are not there, the first is {missing[0]}; find them or give fewer")
+    return sorted({place for places in found.values() for place in places}, key=lambda place: place.path)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Every name that a shell would make of `{a,b}` and `{0000..1023}`; a pattern without them is its own only name."""
+    for match in re.finditer(r"\{([^{}]*)\}", pattern):
+        numbers, before, after = _RANGE.fullmatch(match[1]), pattern[: match.start()], pattern[match.end() :]
+        if numbers:
+            choices = _count(numbers[1], numbers[2], int(numbers[3] or 1))
+        elif "," in match[1]:
+            choices = match[1].split(",")
+        else:
+            continue
+        return list(itertools.chain.from_iterable(expand_braces(before + choice + after) for choice in choices))
+    return [pattern]
+
+
+def check_one_set(name: str, places: Sequence[Place]) -> None:
+    """Files of a folder or glob must be the numbered parts of one set, for folders of shards often hold train and validation side by side.
+
+    Raises:
+        ImageError: there are several sets; or the names say how many parts there are (`train-00003-of-00294.parquet`), and one is missing.
+    """
+    parts = [match for place in places if (match := _PART.fullmatch(place.base))]
+    sets = sorted({match[1] for match in parts})
+    if len(sets) > 1:
+        raise ImageError(f"{name} holds several sets of files ({', '.join(sets[:4])}); give one of them, such as {sets[0]}*.{parts[0][5]}")
+    if not all(match[3] for match in parts) or len({match[4] for match in parts}) != 1:
+        return
+    there, count = {int(match[2]) for match in parts}, int(parts[0][4])
+    missing = [number for number in range(count) if number not in there]
+    if missing:
+        first = f"{parts[0].string[: parts[0].start(2)]}{missing[0]:0{len(parts[0][2])}d}-of-{parts[0][4]}.{parts[0][5]}"
+        raise ImageError(f"{len(missing)} of the {count} parts of {name} are not there, the first is {first}; fetch them")
+
+
+def _count(first: str, last: str, step: int) -> list[str]:
+    padded = any(len(text.lstrip("-")) > 1 and text.lstrip("-").startswith("0") for text in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    start, stop = int(first), int(last)
+    numbers = range(start, stop + 1, step) if start <= stop else range(start, stop - 1, -step)
+    return [f"{number:0{width}d}" for number in numbers]
+
+
+def _matches(name: str) -> list[Place]:
+    place = place_of(name)
+    if not has_glob(name):
+        return [place] if place.kind() else []
+    if place.filesystem is None:
+        _check_listable(place.path)
+        return [Place(path) for path in glob.glob(place.path)]
+    with remote_errors(place), turn(place.filesystem):
+        return [place.at(path) for path in place.filesystem.glob(place.path)]
+
+
+def _check_listable(pattern: str) -> None:
+    """Raises OSError where a folder that `pattern` looks into cannot be listed, which `glob` takes for an empty one."""
+    folder = os.path.dirname(pattern) or "."
+    if has_glob(folder):
+        _check_listable(folder)
+    for path in glob.glob(folder) if has_glob(folder) else [folder]:
+        if os.path.isdir(path):
+            os.scandir(path).close()

@@ -1,0 +1,1 @@
+"""What evaluate is made of; the story is `stages/evaluate.py`."""
