@@ -38,56 +38,10 @@ from ..errors import ConfigError, ImageError, StoreError
 from ..models.device import pick_device
 from ..models.vae import FrozenVAE
 from . import ranks
+from .configs import EncodeLatentsConfig
 from .events import Advance, Begin, Event, Note, Result
 
 _WARNINGS_IN_FULL = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeLatentsConfig:
-    """What to encode, with what, to where."""
-
-    images: str
-    """Folder, .tar, WebDataset shards or Parquet (see `cache.sources.open_source`), or "photographs:train" / "photographs:held-out"."""
-    store: str
-    """The latent store: a new path or fsspec URL (s3://bucket/latents.zarr), or a store that gets one more split."""
-    vae: str = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
-    """Hub id, local folder in diffusers' format, FILE.py:FACTORY, or "revq-tiny-f8c8"."""
-    split: str = "train"
-    """Name of the split to write."""
-    image_size: int = 256
-    """Side of the square that the encoder sees, in pixels."""
-    batch_size: int = 64
-    """Rows in one pass of the encoder. Another size can change the last bits of a latent, but is no other run."""
-    workers: int = 8
-    """Threads that decode and resize images; the result does not depend on it."""
-    dtype: str = "float16"
-    """"float16" or "float32": how latents are kept."""
-    views: int = 1
-    """Rows for each image: the central crop, then views - 1 random crops and flips drawn from (seed, image, view)."""
-    seed: int = 0
-    """Of the random views."""
-    device: str = "auto"
-    """"auto", "cpu", "cuda", "cuda:1" or "mps"."""
-    limit: int | None = None
-    """Take the first so many images; None means all."""
-    strict: bool = False
-    """Stop at the first image that cannot be read, instead of recording it and going on."""
-    overwrite: bool = False
-    """Encode this split anew if it is there; other splits are left alone."""
-    dry_run: bool = False
-    """Say what would be written, and write nothing."""
-    shard_rows: int | None = None
-    """Rows in one file of a new split; None means about 32 MiB, or an eighth of the split where that is less."""
-
-    def __post_init__(self) -> None:
-        for name in ("image_size", "batch_size", "workers", "views", "limit", "shard_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
-        if self.dtype not in {"float16", "float32"}:
-            raise ConfigError(f"dtype must be float16 or float32, not {self.dtype!r}")
-        check_split_name(self.split)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from ..files import output_kind
 from ..models.device import pick_device
 from ..models.tokenizer import ReVQTokenizer
 from . import ranks
+from .configs import EvaluateConfig
 from .evaluation.loader import Batch, Loader
 from .evaluation.metrics import ROWS, score_images
 from .evaluation.networks import FeatureCache, Inception, Lpips, cache_folder
@@ -43,58 +44,6 @@ from .output_folder import OutputFolder, note_on_writer, output_folder
 PRECISIONS = ("fp32", "bf16")
 _SAVE_EVERY_S = 120.0
 _ROUND_TRIP_IMAGES = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Settings of one evaluation."""
-
-    tokenizer: str
-    """Tokenizer folder, run folder of train-rectifier, or hub id."""
-    images: str
-    """Images that training did not see: folder, .tar, WebDataset shards, Parquet (see `cache.sources.open_source`), or "photographs:held-out"."""
-    out: str
-    """Output folder: new, or of the same evaluation."""
-    protocol: str = "revq"
-    """How images are cropped and compared: "revq" or "adm"."""
-    inception_weights: str | None = None
-    """torch-fidelity's Inception checkpoint; None means the torch hub cache, then a download."""
-    batch_size: int = 64
-    """Images in a batch, on a GPU decoded at once; bounds the memory, does not change the numbers."""
-    limit: int | None = None
-    """Evaluate the first so many images; None means all."""
-    tolerance_images: int | None = None
-    """Images for the tolerance curve, spread over all; 0 leaves it out. None means 128, or as many as cost no more than all else does."""
-    seed: int = 0
-    """Seed of the tolerance curve's noise; nothing else is random."""
-    precision: str = "fp32"
-    """The decoder's: "fp32" or "bf16". Encoder and features are always float32."""
-    refine: int = 0
-    """Steps of the search for better tokens for each image; each costs a pass through the decoder and back (see `models/refine.py`)."""
-    vae: str | None = None
-    """Where to find the VAE; None means where the tokenizer says."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    workers: int = 8
-    """Threads that load images ahead."""
-    cache: str | None = None
-    """Folder that keeps the originals' Inception features for the next evaluation; None means the user's cache, "off" keeps none."""
-    overwrite: bool = False
-    """Replace another evaluation in `out`, once this one has succeeded."""
-    download: bool = True
-    """False never tries the network for the weights of rFID and LPIPS."""
-
-    def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise ConfigError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {self.protocol!r}")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
-        for name, lowest in (("batch_size", 1), ("workers", 1), ("tolerance_images", 0), ("refine", 0)):
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ConfigError(f"{name} must be at least {lowest}, not {value}")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit must be at least 1, or None for all images, not {self.limit}")
 
 
 @dataclass(frozen=True, kw_only=True)

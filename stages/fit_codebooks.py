@@ -46,6 +46,7 @@ from ..models.transform import (
 )
 from ..models.vae import FrozenVAE
 from . import ranks
+from .configs import FitCodebooksConfig
 from .code_usage import count_codes, summarize_usage, write_usage
 from .events import Advance, Begin, Event, Note, Result
 from .output_folder import OutputFolder, output_folder
@@ -59,62 +60,12 @@ SENSITIVITY_NAME = "sensitivity.md"
 POINTS_PER_CODE = 39
 
 
-@dataclass(frozen=True, kw_only=True)
-class FitCodebooksConfig:
-    """Settings of fit-codebooks."""
-
-    store: str
-    """The latent store."""
-    out: str
-    """Output folder: new, empty, or this very run's, to be resumed."""
-    split: str = "train"
-    """Split of the store to fit on."""
-    tokens: int = 512
-    """T, tokens per image; divides P."""
-    codes: int = 16384
-    """K, codes in each codebook."""
-    transform: str = "decoder"
-    """Coordinates to quantize in: "decoder", "pca" or "standardize" (the paper's)."""
-    iterations: int = 20
-    """Rounds of k-means."""
-    max_samples: int | None = None
-    """Fit on at most so many latents, drawn by the seed; None means all."""
-    rectifier_share: float = 0.0
-    """Share of the images kept out of the fit for the rectifier to train on. With few latents per code, quantization errors on
-    fitted latents are smaller than on unseen ones, and a rectifier that trains on them learns the wrong errors."""
-    calibration_samples: int = 2048
-    """Vector-Jacobian products through the frozen decoder, for the "decoder" transform."""
-    backend: str = "auto"
-    """k-means by "faiss", "torch", or "auto": FAISS on a GPU with faiss-gpu and on a CPU without Numba, else torch."""
-    seed: int = 0
-    """Seed of every random choice."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:N, mps."""
-    vae: str | None = None
-    """Where to find the VAE for the "decoder" transform; None means where the store says."""
-    overwrite: bool = False
-    """Replace codebooks of other settings in `out`."""
-
-    def __post_init__(self) -> None:
-        """Check ranges; raises ConfigError."""
-        if self.transform not in KINDS:
-            raise ConfigError(f"transform must be one of {', '.join(KINDS)}, not {self.transform!r}")
-        if self.backend not in BACKENDS:
-            raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}")
-        for name, lowest in (("tokens", 1), ("codes", 2), ("iterations", 1), ("calibration_samples", 1)):
-            if getattr(self, name) < lowest:
-                raise ConfigError(f"{name.replace('_', '-')} must be at least {lowest}, not {getattr(self, name)}")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ConfigError(f"max-samples must be at least 1, not {self.max_samples}")
-        if not 0 <= self.rectifier_share < 1:
-            raise ConfigError(f"rectifier-share must be in [0,1), not {self.rectifier_share}")
-
-    def identity(self, split: LatentSplit, backend: str) -> dict[str, Any]:
-        """What shapes the codebooks: a folder with another identity is another run's. `backend` is the one that fits, not "auto"."""
-        names = ("split", "tokens", "codes", "transform", "iterations", "max_samples", "rectifier_share", "seed")
-        calibration = {"calibration_samples": self.calibration_samples} if self.transform == "decoder" else {}
-        data = {"store_fingerprint": split.encoding.fingerprint, "data_digest": split.data_digest}
-        return {**data, **{name: getattr(self, name) for name in names}, "backend": backend, **calibration}
+def identity(config: FitCodebooksConfig, split: LatentSplit, backend: str) -> dict[str, Any]:
+    """What shapes the codebooks: a folder with another identity is another run's. `backend` is the one that fits, not "auto"."""
+    names = ("split", "tokens", "codes", "transform", "iterations", "max_samples", "rectifier_share", "seed")
+    calibration = {"calibration_samples": config.calibration_samples} if config.transform == "decoder" else {}
+    data = {"store_fingerprint": split.encoding.fingerprint, "data_digest": split.data_digest}
+    return {**data, **{name: getattr(config, name) for name in names}, "backend": backend, **calibration}
 
 
 def fit_codebooks(config: FitCodebooksConfig) -> Iterator[Event]:

@@ -40,6 +40,7 @@ from ..models.quantizer import code_counts, reset_unused
 from ..models.rectifier import BLOCKS, update_average
 from ..models.tokenizer import ReVQTokenizer
 from . import ranks
+from .configs import TrainRectifierConfig
 from .code_usage import count_codes, write_usage
 from .events import Advance, Begin, Event, Note, Result
 from .output_folder import OutputFolder, note_on_writer, output_folder
@@ -60,107 +61,6 @@ RUN_KIND = "revq-rectifier-run"
 # What may change from one command to the next on the same folder: none of it shapes the weights beyond rounding.
 # (How latents are read does shape the order: a checkpoint says how its run began, and `resume` refuses the other way.)
 _RUNTIME_ONLY = {"store", "codebooks", "out", "device", "vae", "overwrite", "compile", "previews", "keep", "wandb", "latents", "micro_batch"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainRectifierConfig:
-    """Settings of train-rectifier."""
-
-    store: str
-    """The latent store."""
-    codebooks: str
-    """Folder of fit-codebooks."""
-    out: str
-    """Run folder: new, empty, or this very run's, to be resumed."""
-    split: str = "train"
-    """Split of the store to train on."""
-    val_split: str = "val"
-    """Split to validate on; where the store has no "val", or with "none", the last 2 % of the train images are held out."""
-    epochs: int = 100
-    """Passes over the train latents, where `steps` is None."""
-    steps: int | None = None
-    """Steps of the first phase; None means as many as `epochs` need."""
-    finish_steps: int = 0
-    """Steps of the last phase, whose loss goes through the frozen decoder."""
-    batch_size: int = 256
-    """Latents in a step of the first phase, on all ranks together."""
-    finish_batch_size: int = 32
-    """Latents in a step of the last phase, on all ranks together."""
-    lr: float = 5e-4
-    """Peak learning rate of the rectifier in both phases."""
-    schedule: str = "exponential"
-    """After a warm-up, how the rates fall in the first phase: "exponential" to 5 % (the paper), "cosine" to zero, or "constant", with which
-    a finished run can be made longer. The last phase always ends in a cosine to zero."""
-    codebook_lr: float = 0.01
-    """Learning rate of the codebooks; 0 keeps them as fitted, and then the tokens are computed only once."""
-    weight_decay: float = 1e-4
-    """AdamW's, on the rectifier alone."""
-    micro_batch: int | None = None
-    """Latents that the last phase decodes at once on each rank; gradients add up over the batch. None means the whole batch, or as many as fit in
-    memory. It changes rounding alone."""
-    finish_lpips: float = 0.0
-    """Weight of LPIPS beside the pixels' squared error in the last phase; needs LPIPS's published weights."""
-    width: int = 512
-    """Channels inside the rectifier, a multiple of 32; 0 trains no rectifier."""
-    depth: int = 3
-    """Blocks of the rectifier."""
-    block: str = "conv"
-    """Kind of block: "conv", which gained more in short runs (docs/rectifier.md), or "efficientvit" (the paper)."""
-    latents: str = "auto"
-    """"resident" in memory, "stream" from disk in another order, or "auto": as the run began, and a new one resident where half of the free memory
-    holds the latents and, with frozen codebooks, their tokens."""
-    precision: str = "auto"
-    """"bf16" autocast, "fp32", or "auto": bf16 on a GPU or CPU with bf16 instructions, fp32 elsewhere; a run keeps what it began with. Weights are
-    float32 always."""
-    compile: str = "auto"
-    """torch.compile: "on", "off", or "auto": on CUDA. Where there is no compiler the run goes on without, and says so."""
-    ema: float = 0.999
-    """Decay of the moving average of the rectifier's weights, which is what the tokenizer gets; 0 turns it off."""
-    evaluations: int = 20
-    """How often in a run to validate and to save a checkpoint: evenly over its steps, but at least 4 times in each phase where this allows."""
-    keep: int = 2
-    """Checkpoints kept, besides the best and that of the first phase's end."""
-    patience: int | None = None
-    """End a phase after so many evaluations without a better one, and give the tokenizer the best weights; None trains to the end, and takes the
-    last weights, but after a last phase that ends no better than it began the best ones."""
-    previews: int = 0
-    """Validation latents decoded at each evaluation: PSNR and pictures in TensorBoard. Above 0 it needs the VAE."""
-    wandb: bool = False
-    """Log to Weights & Biases too, where its package is installed."""
-    seed: int = 0
-    """Seed of the rectifier's weights and of the order of the latents."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:N, mps."""
-    vae: str | None = None
-    """Where to find the VAE for the last phase and previews; None means where the store says."""
-    overwrite: bool = False
-    """Replace a run of other settings in `out`."""
-
-    def __post_init__(self) -> None:
-        """Check ranges; raises ConfigError."""
-        lowest = {"epochs": 1, "batch_size": 1, "finish_batch_size": 1, "finish_steps": 0, "depth": 0, "evaluations": 1, "keep": 1, "previews": 0}
-        for name, least in {**lowest, "steps": 0, "patience": 1, "micro_batch": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name.replace('_', '-')} must be at least {least}, not {value}")
-        if self.width < 0 or self.width % 32:
-            raise ConfigError(f"width must be a multiple of 32, not {self.width}")
-        if not self.lr > 0 or self.codebook_lr < 0 or self.finish_lpips < 0:
-            given = f"{self.lr}, {self.codebook_lr} and {self.finish_lpips}"
-            raise ConfigError(f"lr must be above 0, codebook-lr and finish-lpips at least 0, not {given}")
-        if not 0 <= self.ema < 1:
-            raise ConfigError(f"ema must be in [0,1), not {self.ema}")
-        choices = {"precision": ("auto", "bf16", "fp32"), "block": BLOCKS, "schedule": SCHEDULES, "compile": COMPILE, "latents": LATENTS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        if self.wandb:
-            require_wandb()
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that shape the weights: a folder with others is another run's. A constant schedule may be made longer."""
-        free = {*_RUNTIME_ONLY, "epochs", "steps"} if self.schedule == "constant" else _RUNTIME_ONLY
-        return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 @dataclass(frozen=True, kw_only=True)

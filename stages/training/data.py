@@ -33,7 +33,7 @@ from .frozen_tokens import table_bytes
 from .losses import open_lpips
 
 if TYPE_CHECKING:
-    from ..train_rectifier import TrainRectifierConfig
+    from ..configs import TrainRectifierConfig
 
 LATENTS = ("auto", "resident", "stream")
 _HELD_OUT_SHARE = 0.02

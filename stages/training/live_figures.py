@@ -14,7 +14,7 @@ from .data import Inputs
 from .state import TrainState, chosen_step, refuse_bad_steps
 
 if TYPE_CHECKING:
-    from ..train_rectifier import TrainRectifierConfig
+    from ..configs import TrainRectifierConfig
 
 _CODEBOOKS_AT_ONCE = 16
 LOG_EVERY = 25

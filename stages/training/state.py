@@ -22,7 +22,7 @@ from .. import ranks
 from .data import Inputs
 
 if TYPE_CHECKING:
-    from ..train_rectifier import TrainRectifierConfig
+    from ..configs import TrainRectifierConfig
 
 LATENT_SCORE, PICTURE_SCORE = "val_loss", "val_picture_loss"
 """The columns by which the first and the last phase are judged."""

@@ -16,7 +16,7 @@ from .data import Inputs
 from .state import TrainState
 
 if TYPE_CHECKING:
-    from ..train_rectifier import TrainRectifierConfig
+    from ..configs import TrainRectifierConfig
 
 
 def is_complete(out: Path, planned: tuple[int, int]) -> bool:
