@@ -122,7 +122,7 @@ def _parameter(described: Described) -> inspect.Parameter:
         rich_help_panel=described.setting.panel,
         show_default=described.setting.none or described.kind is not bool,
     )
-    return inspect.Parameter(described.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[annotation, option], default=described.default)
+    return inspect.Parameter(described.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[annotation, option], default=default)
 
 
 def _refuse_both(context: typer.Context, settings: Iterable[Described]) -> None:

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from revq.models.kmeans import kmeans
 from revq.models.nearest import NearestCodes, nearest_codes
-from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+from revq.stages.configs import EncodeLatentsConfig, FitCodebooksConfig
+from revq.stages.encode_latents import encode_latents
 from revq.stages.events import Begin, Result, run_quietly
-from revq.stages.fit_codebooks import POINTS_PER_CODE, FitCodebooksConfig, fit_codebooks
+from revq.stages.fit_codebooks import POINTS_PER_CODE, fit_codebooks
 
 PARTS = ("nearest", "kmeans", "stage", "gpu", "imagenet")
 IMAGENET = 1_281_167

@@ -24,7 +24,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from revq.models.device import pick_device
 from revq.models.tokenizer import TOKENIZER_KIND, ReVQTokenizer
 from revq.models.vae import FrozenVAE
-from revq.stages.evaluate import EvaluateConfig, evaluate
+from revq.stages.configs import EvaluateConfig
+from revq.stages.evaluate import evaluate
 from revq.stages.evaluation.networks import Inception
 from revq.stages.events import Advance, Begin
 

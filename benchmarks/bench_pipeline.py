@@ -22,7 +22,8 @@ import torch
 
 from revq import FrozenVAE
 from revq.models.device import pick_device
-from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+from revq.stages.configs import EncodeLatentsConfig
+from revq.stages.encode_latents import encode_latents
 from revq.stages.events import run_quietly
 
 IMAGE_SIZE, BATCH, VAE = 128, 32, "revq-tiny-f8c8"

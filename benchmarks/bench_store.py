@@ -39,7 +39,8 @@ from revq.cache.manifest import OK, ManifestRow
 from revq.cache.shards import ShardReader
 from revq.cache.store import LatentSplit
 from revq.cache.writer import SplitPlan, SplitWriter, shard_layout
-from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+from revq.stages.configs import EncodeLatentsConfig
+from revq.stages.encode_latents import encode_latents
 from revq.stages.events import run_quietly
 
 REPOSITORY = Path(__file__).resolve().parent.parent

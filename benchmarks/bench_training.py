@@ -29,8 +29,9 @@ from revq.models.codebooks import CODEBOOKS_KIND, Codebooks, save_codebooks
 from revq.models.device import bf16_is_fast, pick_device
 from revq.models.rectifier import Rectifier
 from revq.models.transform import LatentTransform
+from revq.stages.configs import TrainRectifierConfig
 from revq.stages.events import Advance, Begin
-from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+from revq.stages.train_rectifier import train_rectifier
 from revq.stages.training.network import open_network
 
 IMAGENET, EPOCHS = 1_281_167, 100

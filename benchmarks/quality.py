@@ -29,11 +29,12 @@ import torch
 from revq.cache.batches import ResidentLatents
 from revq.cache.store import LatentStore
 from revq.models.codebooks import load_codebooks, save_codebooks
-from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
-from revq.stages.evaluate import EvaluateConfig, evaluate
+from revq.stages.configs import EncodeLatentsConfig, EvaluateConfig, FitCodebooksConfig, TrainRectifierConfig
+from revq.stages.encode_latents import encode_latents
+from revq.stages.evaluate import evaluate
 from revq.stages.events import run_quietly
-from revq.stages.fit_codebooks import FitCodebooksConfig, fit_codebooks
-from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+from revq.stages.fit_codebooks import fit_codebooks
+from revq.stages.train_rectifier import train_rectifier
 
 TRANSFORMS = ("standardize", "pca", "decoder")
 SETS = {"taef2": (64, 12, 512), "embedded": (128, 4, 256)}  # pixels, views, codes
@@ -97,7 +98,7 @@ def tokenizer_of(name: str, transform: str, vae: str, store: Path, work: Path) -
     """Codebooks and rectifier in `work`, and the evaluation of the tokenizer."""
     codebooks = work / f"{name}-{transform}"
     fit(vae, store, codebooks, codes=SETS[name][2], transform=transform)
-    settings = {"steps": 500, "finish_steps": 200, "finish_batch_size": 16, "codebook_lr": 0.0}
+    settings = {"steps": 500, "decoder_steps": 200, "decoder_batch_size": 16, "codebook_lr": 0.0}
     return train_and_evaluate(vae, store, codebooks, work / f"{name}-{transform}-run", **settings)
 
 
@@ -120,7 +121,7 @@ def paper_part(work: Path) -> None:
         shutil.rmtree(path)  # times of an earlier run would not compare
     ours = work / "paper-ours"
     fitting = fit(vae, store, ours, codes=512)
-    best = train_and_evaluate(vae, store, ours, work / "paper-ours-run", steps=500, finish_steps=200, finish_batch_size=16, codebook_lr=0.0)
+    best = train_and_evaluate(vae, store, ours, work / "paper-ours-run", steps=500, decoder_steps=200, decoder_batch_size=16, codebook_lr=0.0)
     budget = fitting + best["seconds"]
     random = random_points(store, work / "paper-random")
     recipe = {"block": "efficientvit", "codebook_lr": 0.01, "schedule": "exponential"}

@@ -31,17 +31,17 @@ class Rectifier(nn.Module):
         """
         super().__init__()
         self.settings: dict[str, Any] = {"channels": channels, "width": width, "depth": depth, "block": block}
-        self.enter = nn.Conv2d(channels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
         self.blocks = nn.Sequential(*(_block(block, width) for _ in range(depth)))
         self.norm = nn.GroupNorm(1, width)
-        self.leave = nn.Conv2d(width, channels, 3, padding=1)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
+        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
 
     def forward(self, quantized: Tensor) -> Tensor:
         """Quantized standardised latent (B,C,H,W) -> rectified standardised latent (B,C,H,W)."""
-        hidden = self.blocks(self.enter(quantized))
-        return quantized + self.leave(nn.functional.silu(self.norm(hidden)))
+        hidden = self.blocks(self.conv_in(quantized))
+        return quantized + self.conv_out(nn.functional.silu(self.norm(hidden)))
 
 
 def _block(kind: str, width: int) -> nn.Module:
@@ -56,11 +56,11 @@ class _ResidualConvolutions(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(1, width)
-        self.first = nn.Conv2d(width, width, 3, padding=1)
-        self.second = nn.Conv2d(width, width, 3, padding=1)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(nn.functional.silu(self.first(self.norm(x))))
+        return x + self.conv2(nn.functional.silu(self.conv1(self.norm(x))))
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -69,7 +69,7 @@ def parameter_count(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, module: nn.Module, decay: float, step: int) -> None:
-    """Move `average`'s weights toward `module`'s: an exponential moving average that forgets its start quickly (decay grows with the step)."""
+def update_ema(ema: nn.Module, module: nn.Module, decay: float, step: int) -> None:
+    """Move `ema`'s weights toward `module`'s: an exponential moving average that forgets its start quickly (decay grows with the step)."""
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
+    torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - decay)

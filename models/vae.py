@@ -23,7 +23,7 @@ from .frozen import FrozenModule
 from .vae_files import EMBEDDED_VAE, VAEFiles, load_network, one_line, open_folder, open_repository
 from .vae_probe import read_latents, read_pictures, round_trip_shape
 
-_WITHOUT_GRADIENTS = "without them there is --transform pca or standardize, and neither --finish-steps nor --refine"
+_WITHOUT_GRADIENTS = "without them there is --transform pca or standardize, and neither --decoder-steps nor --refine"
 
 
 class FrozenVAE(FrozenModule):

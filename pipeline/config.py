@@ -18,19 +18,15 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from ..errors import ConfigError
-from ..stages.encode_latents import EncodeLatentsConfig
-from ..stages.evaluate import EvaluateConfig
-from ..stages.fit_codebooks import FitCodebooksConfig
-from ..stages.train_rectifier import TrainRectifierConfig
+from ..stages.configs import EncodeLatentsConfig, EvaluateConfig, FitCodebooksConfig, TrainRectifierConfig
 
-TABLES: dict[str, type] = {
+TABLES: dict[str, type[StageConfig]] = {
     "encode-latents": EncodeLatentsConfig,
     "fit-codebooks": FitCodebooksConfig,
     "train-rectifier": TrainRectifierConfig,
@@ -119,8 +115,8 @@ def _check(document: Mapping[str, Any], origin: str) -> dict[str, dict[str, Any]
 
 
 def _check_table(name: str, table: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    hints = get_type_hints(TABLES[name])
-    known = {field.name: hints[field.name] for field in fields(TABLES[name]) if field.name not in _SET_BY_RUN}
+    described = {one.name: one for one in describe(TABLES[name])}
+    known = {name: one.kind for name, one in described.items() if name not in _SET_BY_RUN}
     if name == "encode-latents":
         del known["images"]
         known = {**dict.fromkeys(_FOLDERS, str), **known}
@@ -133,20 +129,19 @@ def _check_table(name: str, table: Mapping[str, Any], origin: str) -> dict[str, 
         if field in settings:
             raise ConfigError(f"{where}: {field} is given twice, with - and with _")
         settings[field] = _check_type(key, value, known[field], where)
-    if "epochs" in settings and "steps" in settings:
-        raise ConfigError(f"{where}: epochs and steps exclude each other; give one of the two")
+    for one in described.values():
+        if one.setting and one.name in settings and one.setting.excludes in settings:
+            raise ConfigError(f"{where}: {one.setting.excludes} and {one.name} exclude each other; give one of the two")
     return settings
 
 
-def _check_type(key: str, value: Any, hint: Any, where: str) -> Any:
+def _check_type(key: str, value: Any, kind: type, where: str) -> Any:
     """`value`, a whole number made a float where a float is due."""
-    allowed = [kind for kind in (get_args(hint) or (hint,)) if kind is not NoneType]
-    if type(value) in allowed:
+    if type(value) is kind:
         return value
-    if type(value) is int and float in allowed:
+    if type(value) is int and kind is float:
         return float(value)
-    wanted = " or ".join(_TYPE_NAMES.get(kind, str(kind)) for kind in allowed)
-    raise ConfigError(f"{where}: {key} must be {wanted}, not {value!r}")
+    raise ConfigError(f"{where}: {key} must be {_TYPE_NAMES[kind]}, not {value!r}")
 
 
 def _unknown(key: str, known: Mapping[str, Any] | list[str], where: str) -> None:

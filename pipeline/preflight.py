@@ -10,11 +10,11 @@ from ..errors import StoreError
 from ..models.device import pick_device
 from ..models.kmeans import pick_backend
 from ..models.vae import FrozenVAE
-from ..stages.encode_latents import EncodeLatentsConfig
+from ..stages.configs import EncodeLatentsConfig
 from ..stages.evaluation.weights import INCEPTION, find_weights
 from ..stages.fit_codebooks import check_tokens
 from ..stages.training.data import check_ranks
-from ..stages.training.losses import find_lpips
+from ..stages.training.log import require_wandb
 from .config import Plan
 
 
@@ -30,8 +30,8 @@ def check_plan(plan: Plan, *, overwrite: bool) -> None:
         pick_device(config.device)
     pick_backend(plan.fit.backend, pick_device(plan.fit.device))
     check_ranks(plan.train)
-    if plan.train.width and plan.train.finish_steps and plan.train.finish_lpips:
-        find_lpips(plan.encode_train.image_size)
+    if plan.train.wandb:
+        require_wandb()
     if plan.evaluate.inception_weights is not None:
         find_weights(INCEPTION, path=plan.evaluate.inception_weights, download=False)
     for images in sorted({plan.evaluate.images, *([plan.encode_val.images] if plan.encode_val else [])}):

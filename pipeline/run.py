@@ -9,8 +9,9 @@ from typing import Any
 
 from ..errors import HeldError, MismatchError, OutputError
 from ..stages import ranks
+from ..stages.configs import EvaluateConfig
 from ..stages.encode_latents import encode_latents
-from ..stages.evaluate import EvaluateConfig, evaluate
+from ..stages.evaluate import evaluate
 from ..stages.events import Begin, Event, Note, Result, closing_events
 from ..stages.fit_codebooks import fit_codebooks
 from ..stages.output_folder import output_folder

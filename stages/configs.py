@@ -276,8 +276,7 @@ class Described:
             raise ConfigError(f"{name} must be above {rule.above:g}, not {value}")
 
 
-@cache
-def describe(config: type) -> tuple[Described, ...]:
+def describe(config: type[StageConfig]) -> tuple[Described, ...]:
     """The settings of a stage in the order they are written, those that every stage has last."""
     hints, own = get_type_hints(config, include_extras=True), _strings(config)
     strings = {**own, **_strings(StageConfig)}
@@ -300,9 +299,12 @@ def _strings(config: type) -> dict[str, str]:
     """The string below each field, which Python itself throws away."""
     body = next(node.body for node in _source().body if isinstance(node, ast.ClassDef) and node.name == config.__name__)
     return {
-        field.target.id: below.value.value  # type: ignore[attr-defined]
+        field.target.id: str(below.value.value)
         for field, below in pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
     }
 
 

@@ -33,8 +33,8 @@ from ..cache.precision import ENOUGH_ROWS, RoundingTally
 from ..cache.sources import ImageSource, open_source, order_sha256
 from ..cache.store import Encoding, LatentStore, manifest_key
 from ..cache.store_folder import StoreFolder, open_folder
-from ..cache.writer import Shard, SplitPlan, SplitWriter, check_split_name, check_target, remove_progress, shard_layout, target_state
-from ..errors import ConfigError, ImageError, StoreError
+from ..cache.writer import Shard, SplitPlan, SplitWriter, check_target, remove_progress, shard_layout, target_state
+from ..errors import ImageError, StoreError
 from ..models.device import pick_device
 from ..models.vae import FrozenVAE
 from . import ranks

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..cache.sources import ImageSource, open_source, order_sha256
-from ..errors import ConfigError, ImageError, TokenizerError
+from ..errors import ImageError, TokenizerError
 from ..files import output_kind
 from ..models.device import pick_device
 from ..models.tokenizer import ReVQTokenizer
@@ -189,10 +189,10 @@ def _watched(tally: Tally) -> dict[str, float]:
 
 def _tolerance(inputs: _Inputs, instruments: Instruments, tally: Tally) -> Generator[Event, None, dict[str, Any] | None]:
     """The tolerance curve over images spread evenly over those that were measured; None where it is switched off."""
+    if not inputs.config.tolerance:
+        return None
     asked = inputs.config.tolerance_images
     wanted = affordable_images(inputs.tokenizer, tally.images) if asked is None else min(asked, tally.images)
-    if not wanted:
-        return None
     positions = sorted({tally.index[round(i * (tally.images - 1) / max(wanted - 1, 1))] for i in range(wanted)})
     alex = {name: network for name, network in instruments.lpips.items() if name == "lpips_alex"}
     fewer = Instruments(inception=instruments.inception, lpips=alex)
@@ -243,6 +243,7 @@ def _identity(inputs: _Inputs) -> dict[str, Any]:
         "image_size": tokenizer.image_size,
         "precision": config.precision,
         "refine": config.refine,
+        "tolerance": config.tolerance,
         "tolerance_images": config.tolerance_images,
         "seed": config.seed,
     }

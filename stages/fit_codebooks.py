@@ -15,7 +15,6 @@ import math
 import shutil
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,14 @@ from torch import Tensor
 from ..cache.batches import ResidentLatents, StreamingLatents, open_latents
 from ..cache.rows import spread_rows
 from ..cache.store import LatentSplit, LatentStore
-from ..errors import CodebookError, ConfigError
+from ..errors import CodebookError
 from ..files import write_bytes
 from ..models.codebooks import CODEBOOKS_KIND, CODEBOOKS_NAME, Codebooks, check_finite, load_codebooks, save_codebooks
 from ..models.device import pick_device
-from ..models.kmeans import BACKENDS, faiss_uses, kmeans, pick_backend
+from ..models.kmeans import faiss_uses, kmeans, pick_backend
 from ..models.nearest import nearest_codes, search_note
 from ..models.quantizer import code_counts, dead_codes
 from ..models.transform import (
-    KINDS,
     Covariance,
     LatentTransform,
     cut_into_blocks,
@@ -46,8 +44,8 @@ from ..models.transform import (
 )
 from ..models.vae import FrozenVAE
 from . import ranks
-from .configs import FitCodebooksConfig
 from .code_usage import count_codes, summarize_usage, write_usage
+from .configs import FitCodebooksConfig
 from .events import Advance, Begin, Event, Note, Result
 from .output_folder import OutputFolder, output_folder
 
@@ -60,7 +58,7 @@ SENSITIVITY_NAME = "sensitivity.md"
 POINTS_PER_CODE = 39
 
 
-def identity(config: FitCodebooksConfig, split: LatentSplit, backend: str) -> dict[str, Any]:
+def settings_of_codebooks(config: FitCodebooksConfig, split: LatentSplit, backend: str) -> dict[str, Any]:
     """What shapes the codebooks: a folder with another identity is another run's. `backend` is the one that fits, not "auto"."""
     names = ("split", "tokens", "codes", "transform", "iterations", "max_samples", "rectifier_share", "seed")
     calibration = {"calibration_samples": config.calibration_samples} if config.transform == "decoder" else {}
@@ -88,7 +86,7 @@ def _fit(config: FitCodebooksConfig, folder: OutputFolder) -> Iterator[Event]:
     rows = _fit_rows(config, split)
     _check_sizes(config, store, len(rows))
     vae = FrozenVAE.load_recorded(store.encoding.vae, spec=config.vae, device=device) if config.transform == "decoder" else None
-    out, identity = folder.path, config.identity(split, backend)
+    out, identity = folder.path, settings_of_codebooks(config, split, backend)
     folder.claim(identity, overwrite=config.overwrite)
     if ranks.broadcast((out / CODEBOOKS_NAME).exists()):
         yield Note(text=f"{out} is complete already")

@@ -84,7 +84,8 @@ def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture(scope="session")
 def small_store(tmp_path_factory: pytest.TempPathFactory, imagenet_sample: Path, taef2: str) -> Path:
     """A real latent store at 64 px: train (60 images, 2 views), val (12 images). Not to be written to."""
-    from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+    from revq.stages.configs import EncodeLatentsConfig
+    from revq.stages.encode_latents import encode_latents
     from revq.stages.events import run_quietly
 
     store = tmp_path_factory.mktemp("store") / "latents.zarr"
@@ -102,8 +103,9 @@ def small_store(tmp_path_factory: pytest.TempPathFactory, imagenet_sample: Path,
 @pytest.fixture(scope="session")
 def small_codebooks(tmp_path_factory: pytest.TempPathFactory, small_store: Path) -> Path:
     """Codebooks fitted on `small_store`: 512 tokens of 32 codes, plain coordinates. Not to be written to."""
+    from revq.stages.configs import FitCodebooksConfig
     from revq.stages.events import run_quietly
-    from revq.stages.fit_codebooks import FitCodebooksConfig, fit_codebooks
+    from revq.stages.fit_codebooks import fit_codebooks
 
     out = tmp_path_factory.mktemp("codebooks") / "plain"
     run_quietly(fit_codebooks(FitCodebooksConfig(store=str(small_store), out=str(out), tokens=512, codes=32, transform="standardize", iterations=5)))
@@ -113,8 +115,9 @@ def small_codebooks(tmp_path_factory: pytest.TempPathFactory, small_store: Path)
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory, small_store: Path, small_codebooks: Path) -> Path:
     """A run folder of train-rectifier with a tokenizer inside, a few steps long. Not to be written to."""
+    from revq.stages.configs import TrainRectifierConfig
     from revq.stages.events import run_quietly
-    from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+    from revq.stages.train_rectifier import train_rectifier
 
     out = tmp_path_factory.mktemp("run") / "run"
     settings = {"steps": 6, "batch_size": 16, "width": 32, "depth": 1, "evaluations": 2}

@@ -15,7 +15,8 @@ import sys
 import time
 
 from revq.cache.store import LatentStore, is_store
-from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+from revq.stages.configs import EncodeLatentsConfig
+from revq.stages.encode_latents import encode_latents
 from revq.stages.events import run_quietly
 
 SETTINGS = {"image_size": 64, "device": "cpu", "limit": 48, "shard_rows": 4, "batch_size": 3, "workers": 2}

@@ -21,7 +21,7 @@ import pytest
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 ENCODE = ("--image-size", 64, "--batch-size", 8, "--workers", 2, "--shard-rows", 16)
 FIT = ("--codes", 8, "--transform", "pca", "--iterations", 3)
-TRAIN = ("--steps", 200, "--batch-size", 16, "--width", 32, "--depth", 1, "--finish-steps", 4, "--finish-batch-size", 4, "--ema", 0.9)
+TRAIN = ("--steps", 200, "--batch-size", 16, "--width", 32, "--depth", 1, "--decoder-steps", 4, "--decoder-batch-size", 4, "--ema", 0.9)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from revq.pipeline.report import write_report
-from revq.stages.evaluate import EvaluateConfig, evaluate
+from revq.stages.configs import EvaluateConfig
+from revq.stages.evaluate import evaluate
 from revq.stages.events import run_quietly
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

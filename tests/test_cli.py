@@ -14,10 +14,7 @@ import pytest
 import typer
 
 from revq import __version__, cli
-from revq.stages.encode_latents import EncodeLatentsConfig
-from revq.stages.evaluate import EvaluateConfig
-from revq.stages.fit_codebooks import FitCodebooksConfig
-from revq.stages.train_rectifier import TrainRectifierConfig
+from revq.stages.configs import EncodeLatentsConfig, EvaluateConfig, FitCodebooksConfig, TrainRectifierConfig
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = ("encode-latents", "fit-codebooks", "train-rectifier", "evaluate", "compare", "run", "demo", "info")

@@ -14,7 +14,8 @@ from test_fit_codebooks import config, stop_after_first_block
 from revq import LatentStore
 from revq.errors import CodebookError, OutputError
 from revq.models.codebooks import CODEBOOKS_NAME, load_codebooks
-from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+from revq.stages.configs import EncodeLatentsConfig
+from revq.stages.encode_latents import encode_latents
 from revq.stages.events import run_quietly
 from revq.stages.fit_codebooks import fit_codebooks
 
@@ -59,7 +60,8 @@ def test_a_stopped_fit_does_not_go_on_with_other_images_or_another_backend(small
 
 
 def test_a_rectifier_may_train_on_other_images_than_the_codebooks(other_images: Path, small_codebooks: Path, tmp_path: Path) -> None:
-    from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+    from revq.stages.configs import TrainRectifierConfig
+    from revq.stages.train_rectifier import train_rectifier
 
     run = TrainRectifierConfig(store=str(other_images), codebooks=str(small_codebooks), out=str(tmp_path / "run"), width=0, steps=0)
     run_quietly(train_rectifier(run))

@@ -12,6 +12,8 @@ import pytest
 
 from revq.errors import ConfigError
 from revq.pipeline.config import Plan, load_plan, preset_names
+from revq.stages.fit_codebooks import settings_of_codebooks
+from revq.stages.training.run import settings_of_weights
 
 WHOLE = """
 out = "runs/first"
@@ -140,7 +142,7 @@ def test_the_paper_presets_are_the_references_settings(name: str, tokens: int, c
     assert (plan.fit.transform, plan.fit.tokens, plan.fit.codes, plan.fit.backend) == ("standardize", tokens, codes, "faiss")
     train = plan.train
     assert (train.block, train.width, train.depth, train.batch_size) == ("efficientvit", width, depth, batch_size)
-    assert (train.epochs, train.lr, train.codebook_lr, train.finish_steps) == (100, 5e-4, 0.01, 0)
+    assert (train.epochs, train.lr, train.codebook_lr, train.decoder_steps) == (100, 5e-4, 0.01, 0)
 
 
 def test_the_demo_preset_is_whole_and_stays_offline():
@@ -161,11 +163,11 @@ def preset_tables(name: str) -> dict[str, dict[str, object]]:
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_says_every_setting_that_shapes_its_weights(name: str):
     plan, tables = load_plan(preset=name, images="a", val_images="b", out="c"), preset_tables(name)
-    train = set(plan.train.identity()) - NOT_SAID
-    if plan.train.finish_steps == 0:
-        train -= {"finish_batch_size", "finish_lpips"}
+    train = set(settings_of_weights(plan.train)) - NOT_SAID
+    if plan.train.decoder_steps == 0:
+        train -= {"decoder_batch_size"}
     split = SimpleNamespace(encoding=SimpleNamespace(fingerprint=""), data_digest="")
-    fit = set(plan.fit.identity(split, backend="torch")) - NOT_SAID  # type: ignore[arg-type]
+    fit = set(settings_of_codebooks(plan.fit, split, backend="torch")) - NOT_SAID  # type: ignore[arg-type]
     assert train - set(tables["train-rectifier"]) == set()
     assert fit - set(tables["fit-codebooks"]) == set()
     assert {"vae", "image_size", "views", "dtype", "seed"} - set(tables["encode-latents"]) == set()

@@ -21,7 +21,8 @@ from revq.cache.sources import open_source
 from revq.cache.store import LatentStore
 from revq.errors import ConfigError, ImageError, MismatchError, OutputError, StoreError
 from revq.models.vae import FrozenVAE
-from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+from revq.stages.configs import EncodeLatentsConfig
+from revq.stages.encode_latents import encode_latents
 from revq.stages.events import Advance, Begin, Event, Note, Result, run_quietly
 
 SIZE = 64
@@ -198,7 +199,8 @@ def test_an_interrupted_run_resumes_to_the_bytes_of_an_uninterrupted_one(encode:
 
 RUNNER = """
 import sys
-from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+from revq.stages.configs import EncodeLatentsConfig
+from revq.stages.encode_latents import encode_latents
 images, store, vae = sys.argv[1:4]
 settings = dict(image_size=64, device="cpu", limit=24, shard_rows=4, batch_size=3, workers=2)
 print("ready", flush=True)

@@ -30,7 +30,7 @@ def test_the_four_commands_turn_a_vae_into_a_tokenizer_that_the_rectifier_improv
     fitted = run(revq_cli, "fit-codebooks", store, codebooks, "--tokens", 512, "--codes", 64, "--transform", "pca", "--rectifier-share", 0.3)
     assert fitted["bits_per_image"] == 512 * 6
 
-    training = ["--steps", 100, "--finish-steps", 30, "--batch-size", 32, "--width", 64, "--depth", 2, "--block", "conv", "--codebook-lr", 0]
+    training = ["--steps", 100, "--decoder-steps", 30, "--batch-size", 32, "--width", 64, "--depth", 2, "--block", "conv", "--codebook-lr", 0]
     trained = run(revq_cli, "train-rectifier", store, codebooks, out, *training, "--lr", 2e-3, "--ema", 0.98, "--evaluations", 4)
     assert Path(trained["tokenizer"]).is_dir()
 

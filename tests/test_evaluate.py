@@ -25,7 +25,8 @@ from revq.errors import ConfigError, ImageError, MismatchError, OutputError, Rev
 from revq.models.tokenizer import TOKENIZER_KIND, ReVQTokenizer
 from revq.models.transform import LatentTransform
 from revq.models.vae import FrozenVAE
-from revq.stages.evaluate import EvaluateConfig, evaluate
+from revq.stages.configs import EvaluateConfig
+from revq.stages.evaluate import evaluate
 from revq.stages.evaluation.metrics import METRICS, ROWS, to_signed, to_uint8
 from revq.stages.evaluation.pictures import draw_grid
 from revq.stages.events import Advance, Begin, Event, Note, Result, run_quietly
@@ -61,7 +62,7 @@ def make_tokenizer(vae: FrozenVAE, images: Tensor, folder: Path) -> Path:
     assert tokenizer.rectifier is not None
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        torch.nn.init.normal_(tokenizer.rectifier.leave.weight, std=0.002)
+        torch.nn.init.normal_(tokenizer.rectifier.conv_out.weight, std=0.002)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -27,7 +27,8 @@ def begin_mb():
 EVALUATION = """
 from revq.models.tokenizer import TOKENIZER_KIND, ReVQTokenizer
 from revq.models.vae import FrozenVAE
-from revq.stages.evaluate import EvaluateConfig, evaluate
+from revq.stages.configs import EvaluateConfig
+from revq.stages.evaluate import evaluate
 from revq.stages.events import Begin
 
 vae, images, folder = sys.argv[1:]

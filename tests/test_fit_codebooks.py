@@ -24,9 +24,10 @@ from revq.models.transform import LatentTransform
 from revq.pipeline.info import describe
 from revq.stages import ranks
 from revq.stages.code_usage import count_codes
-from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+from revq.stages.configs import EncodeLatentsConfig, FitCodebooksConfig
+from revq.stages.encode_latents import encode_latents
 from revq.stages.events import Advance, Begin, Event, Note, run_quietly
-from revq.stages.fit_codebooks import FitCodebooksConfig, _fit_groups, fit_codebooks
+from revq.stages.fit_codebooks import _fit_groups, fit_codebooks
 
 SMALL = {"tokens": 512, "codes": 32, "iterations": 4, "calibration_samples": 32}
 
@@ -345,7 +346,8 @@ def test_larger_latents_are_cut_into_spatial_blocks_all_the_way_to_a_tokenizer(
     small_store: Path, tmp_path: Path, taef2: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from revq import ReVQTokenizer
-    from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+    from revq.stages.configs import TrainRectifierConfig
+    from revq.stages.train_rectifier import train_rectifier
 
     monkeypatch.setattr("revq.models.transform.MAX_DENSE_POSITIONS", 1024)
     run_quietly(fit_codebooks(config(small_store, tmp_path / "blocks", transform="decoder", codes=16)))

@@ -15,9 +15,10 @@ from revq.cache.batches import ResidentLatents
 from revq.errors import CodebookError, ConfigError, StoreError
 from revq.models.codebooks import load_codebooks
 from revq.models.quantizer import MultiGroupQuantizer
-from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+from revq.stages.configs import EncodeLatentsConfig, FitCodebooksConfig
+from revq.stages.encode_latents import encode_latents
 from revq.stages.events import Note, run_quietly
-from revq.stages.fit_codebooks import FitCodebooksConfig, fit_codebooks
+from revq.stages.fit_codebooks import fit_codebooks
 
 PLAIN_VAE = """
 import torch, torch.nn.functional as F

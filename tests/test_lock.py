@@ -17,7 +17,8 @@ from revq.cache.store_folder import open_folder
 from revq.errors import HeldError, OutputError, StoreError
 from revq.files import LOCK_NAME
 from revq.lock import hold_folder, naming_writer, writer_of
-from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+from revq.stages.configs import EncodeLatentsConfig
+from revq.stages.encode_latents import encode_latents
 from revq.stages.events import Begin, run_quietly
 
 HOLDER = """

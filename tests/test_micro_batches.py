@@ -1,4 +1,4 @@
-"""The last phase in parts: the same gradients, as many latents at once as memory holds, and what is said where it holds none."""
+"""The decoder phase in parts: the same gradients, as many latents at once as memory holds, and what is said where it holds none."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from revq.errors import TrainingError, VAEError
 from revq.models.rectifier import Rectifier
 from revq.models.transform import LatentTransform
 from revq.models.vae import EMBEDDED_VAE, FrozenVAE
+from revq.stages.configs import FitCodebooksConfig, TrainRectifierConfig
 from revq.stages.events import Advance, Begin, Event, Note, run_quietly
-from revq.stages.fit_codebooks import FitCodebooksConfig, fit_codebooks
-from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
-from revq.stages.training.losses import PictureLoss
+from revq.stages.fit_codebooks import fit_codebooks
+from revq.stages.train_rectifier import train_rectifier
+from revq.stages.training.losses import PixelLoss
 from revq.stages.training.micro_batches import backward_in_parts
 from revq.stages.training.network import RectifierNetwork
 
-SETTINGS = {"steps": 4, "batch_size": 16, "width": 32, "depth": 1, "evaluations": 2, "codebook_lr": 0.0, "finish_steps": 4, "finish_batch_size": 4}
+SETTINGS = {"steps": 4, "batch_size": 16, "width": 32, "depth": 1, "evaluations": 2, "codebook_lr": 0.0, "decoder_steps": 4, "decoder_batch_size": 4}
 
 
 def config(store: Path, codebooks: Path, out: Path, **changes: object) -> TrainRectifierConfig:
@@ -38,28 +39,28 @@ def notes(events: list[Event]) -> str:
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int, spare_calls: int = 0) -> None:
     """From now on the loss of more than `most` latents runs out of memory, but for the first so many calls with gradients."""
-    plain, calls = PictureLoss.__call__, []
+    plain, calls = PixelLoss.__call__, []
 
-    def picture_loss(self: PictureLoss, rectified: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def picture_loss(self: PixelLoss, rectified: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         calls.append(torch.is_grad_enabled())
         if torch.is_grad_enabled() and len(latents) > most and sum(calls) > spare_calls:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
         return plain(self, rectified, latents)
 
-    monkeypatch.setattr(PictureLoss, "__call__", picture_loss)
+    monkeypatch.setattr(PixelLoss, "__call__", picture_loss)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_gradients_added_over_parts_are_those_of_the_whole_batch(micro_batch: int) -> None:
     generator = torch.Generator().manual_seed(0)
     vae, rectifier = FrozenVAE.load(EMBEDDED_VAE), Rectifier(channels=8, width=32, depth=1)
-    torch.nn.init.normal_(rectifier.leave.weight, std=0.01, generator=generator)
+    torch.nn.init.normal_(rectifier.conv_out.weight, std=0.01, generator=generator)
     latents, noise = (torch.randn(8, 8, 8, 8, generator=generator) for _ in range(2))
     transform = LatentTransform(mean=torch.zeros(8, 8, 8), std=torch.ones(8, 8, 8), tokens=128)
     made = []
     for size in (8, micro_batch):
         trained = copy.deepcopy(rectifier)
-        pictures = PictureLoss(vae=vae, transform=transform, lpips=None, lpips_weight=0.0, micro_batch=size)
+        pictures = PixelLoss(vae=vae, transform=transform, lpips=None, lpips_weight=0.0, micro_batch=size)
         loss = backward_in_parts(RectifierNetwork(trained, bf16=False, network=trained), pictures, latents + 0.3 * noise, latents)
         made.append((loss, [weight.grad for weight in trained.parameters()]))
     (whole_loss, whole), (loss, parts) = made
@@ -84,14 +85,14 @@ def test_the_micro_batch_may_change_within_a_folder_and_changes_rounding_alone(s
         torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_before_the_first_phase_the_last_one_is_tried_with_ever_fewer_latents_at_once(
+def test_before_the_latent_phase_the_last_one_is_tried_with_ever_fewer_latents_at_once(
     small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "asked", micro_batch=1)))
     short_of_memory(monkeypatch, most=1)
     events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "found")))
     text = notes(events)
-    assert "the last phase takes 1 of its 4 latents at a time, as many as memory holds" in text
+    assert "the decoder phase takes 1 of its 4 latents at a time, as many as memory holds" in text
     begun = next(number for number, event in enumerate(events) if isinstance(event, Begin) and event.task == "train")
     assert "as many as memory holds" in notes(events[:begun])
     asked, found = tokenizer(tmp_path / "asked"), tokenizer(tmp_path / "found")
@@ -121,7 +122,7 @@ def test_memory_that_ends_later_is_an_error_whose_advice_the_same_folder_takes(
     assert tokenizer(tmp_path / "run")
 
 
-def test_memory_that_ends_in_the_first_phase_is_not_answered_with_a_setting_that_the_folder_refuses(
+def test_memory_that_ends_in_the_latent_phase_is_not_answered_with_a_setting_that_the_folder_refuses(
     small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: object) -> torch.Tensor:
@@ -132,14 +133,14 @@ def test_memory_that_ends_in_the_first_phase_is_not_answered_with_a_setting_that
         run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run")))
 
 
-def test_a_decoder_without_gradients_is_refused_before_the_first_phase(
+def test_a_decoder_without_gradients_is_refused_before_the_latent_phase(
     small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FrozenVAE, "decode", torch.no_grad()(FrozenVAE.decode))
-    with pytest.raises(VAEError, match=r"gives no gradients, which finish-steps needs; let its decode run without torch\.no_grad"):
+    with pytest.raises(VAEError, match=r"gives no gradients, which decoder-steps needs; let its decode run without torch\.no_grad"):
         run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run")))
     assert not (tmp_path / "run" / "checkpoints").exists()
-    run_quietly(train_rectifier(dataclasses.replace(config(small_store, small_codebooks, tmp_path / "without"), finish_steps=0)))
+    run_quietly(train_rectifier(dataclasses.replace(config(small_store, small_codebooks, tmp_path / "without"), decoder_steps=0)))
 
 
 def test_the_sensitivity_of_the_decoder_is_computed_a_few_latents_at_a_time(

@@ -13,8 +13,9 @@ from torch import nn
 
 from revq.models.device import bf16_is_fast
 from revq.models.rectifier import Rectifier
+from revq.stages.configs import TrainRectifierConfig
 from revq.stages.events import Advance, run_quietly
-from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+from revq.stages.train_rectifier import train_rectifier
 from revq.stages.training.network import open_network
 
 
@@ -42,7 +43,7 @@ def test_batches_of_another_shape_than_the_compiled_one_go_through_the_plain_rec
     compiler = OneShapeCompiler()
     monkeypatch.setattr(torch, "compile", compiler)
     rectifier = Rectifier(channels=8, width=32, depth=1)
-    nn.init.normal_(rectifier.leave.weight, std=0.01)
+    nn.init.normal_(rectifier.conv_out.weight, std=0.01)
     batch = torch.randn(8, 8, 4, 4)
     network, note = open_network(rectifier, batch, bf16=False, compiling="on")
     assert note == ""

@@ -32,10 +32,11 @@ from revq.pipeline.compare import compare
 from revq.pipeline.config import load_plan
 from revq.pipeline.info import info
 from revq.pipeline.run import evaluate_and_report, run
-from revq.stages.evaluate import EvaluateConfig, evaluate
+from revq.stages.configs import EvaluateConfig, FitCodebooksConfig, TrainRectifierConfig
+from revq.stages.evaluate import evaluate
 from revq.stages.events import Begin, Event, Note, closing_events, run_quietly
-from revq.stages.fit_codebooks import FitCodebooksConfig, fit_codebooks
-from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+from revq.stages.fit_codebooks import fit_codebooks
+from revq.stages.train_rectifier import train_rectifier
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 pytestmark = pytest.mark.usefixtures("empty_torch_home")

@@ -17,7 +17,8 @@ from revq.cache.store import Encoding, LatentStore
 from revq.cache.writer import SplitPlan, SplitWriter
 from revq.errors import StoreError
 from revq.pipeline.info import info
-from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+from revq.stages.configs import EncodeLatentsConfig
+from revq.stages.encode_latents import encode_latents
 from revq.stages.events import Note, run_quietly
 
 SHAPE = (2, 4, 4)

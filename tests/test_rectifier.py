@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from revq.models.rectifier import BLOCKS, Rectifier, update_average
+from revq.models.rectifier import BLOCKS, Rectifier, update_ema
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -34,8 +34,8 @@ def test_the_moving_average_lags_behind_but_follows() -> None:
     rectifier = Rectifier(channels=4, width=32, depth=1)
     average = copy.deepcopy(rectifier)
     with torch.no_grad():
-        rectifier.leave.bias.add_(1.0)
-    update_average(average, rectifier, decay=0.999, step=10_000)
-    assert torch.allclose(average.leave.bias, torch.full((4,), 0.001))
-    update_average(average, rectifier, decay=0.0, step=10_001)
-    assert torch.equal(average.leave.bias, rectifier.leave.bias)
+        rectifier.conv_out.bias.add_(1.0)
+    update_ema(average, rectifier, decay=0.999, step=10_000)
+    assert torch.allclose(average.conv_out.bias, torch.full((4,), 0.001))
+    update_ema(average, rectifier, decay=0.0, step=10_001)
+    assert torch.equal(average.conv_out.bias, rectifier.conv_out.bias)

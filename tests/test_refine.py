@@ -11,7 +11,8 @@ from torch import Tensor
 from revq import ReVQTokenizer
 from revq.models import refine
 from revq.models.refine import refine_tokens
-from revq.stages.evaluate import EvaluateConfig, evaluate
+from revq.stages.configs import EvaluateConfig
+from revq.stages.evaluate import evaluate
 from revq.stages.events import run_quietly
 
 

@@ -17,10 +17,11 @@ from training_runs import config, metrics_of
 from revq.models.codebooks import load_codebooks
 from revq.pipeline.progress import Meter, finish
 from revq.stages import fit_codebooks as fitting
-from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+from revq.stages.configs import EncodeLatentsConfig, FitCodebooksConfig
+from revq.stages.encode_latents import encode_latents
 from revq.stages.evaluate import evaluate
 from revq.stages.events import Advance, Begin, Event, Result
-from revq.stages.fit_codebooks import FitCodebooksConfig, fit_codebooks
+from revq.stages.fit_codebooks import fit_codebooks
 from revq.stages.train_rectifier import train_rectifier
 
 pytestmark = pytest.mark.usefixtures("empty_torch_home")
@@ -93,8 +94,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "plain": {"steps": 30},
     "frozen codebooks": {"steps": 30, "codebook_lr": 0.0},
     "the best and not the last": {"steps": 40, "evaluations": 20, "lr": 0.5, "codebook_lr": 0.0, "patience": 2},
-    "a last phase": {"steps": 4, "finish_steps": 4, "finish_batch_size": 4},
-    "a last phase that does harm": {"steps": 4, "finish_steps": 8, "finish_batch_size": 4, "lr": 0.1},
+    "a decoder phase": {"steps": 4, "decoder_steps": 4, "decoder_batch_size": 4},
+    "a decoder phase that does harm": {"steps": 4, "decoder_steps": 8, "decoder_batch_size": 4, "lr": 0.1},
 }
 
 
@@ -110,7 +111,7 @@ def test_the_errors_at_the_end_of_training_are_those_of_the_summary(case: str, s
     assert set(value) & OWN_NAMES == {"weights_of_step"}
     newest = metrics_of(tmp_path / "run")["step"][-1]
     assert shown.get("weights_of_step", newest) == value["weights_of_step"]
-    assert (value["weights_of_step"] != newest) == (case in {"the best and not the last", "a last phase that does harm"})
+    assert (value["weights_of_step"] != newest) == (case in {"the best and not the last", "a decoder phase that does harm"})
 
 
 def test_the_psnr_at_every_point_of_an_evaluation_is_the_mean_of_what_was_seen(tokenizer_folder: Path, imagenet_sample: Path, tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from revq.cache.images import load_pixels
 from revq.cache.sources import open_source
 from revq.models.tokenizer import ReVQTokenizer
 from revq.models.vae import FrozenVAE
-from revq.stages.evaluate import EvaluateConfig, evaluate
+from revq.stages.configs import EvaluateConfig, FitCodebooksConfig, TrainRectifierConfig
+from revq.stages.evaluate import evaluate
 from revq.stages.evaluation.tolerance import LEVELS, _noise
 from revq.stages.events import Begin, run_quietly
-from revq.stages.fit_codebooks import FitCodebooksConfig, fit_codebooks
-from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+from revq.stages.fit_codebooks import fit_codebooks
+from revq.stages.train_rectifier import train_rectifier
 
 
 @pytest.fixture(scope="module")

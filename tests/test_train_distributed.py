@@ -18,11 +18,12 @@ from revq import LatentStore
 from revq.errors import ConfigError
 from revq.models.codebooks import load_codebooks
 from revq.stages import ranks
+from revq.stages.configs import TrainRectifierConfig
 from revq.stages.events import run_quietly
-from revq.stages.train_rectifier import TrainRectifierConfig, train_rectifier
+from revq.stages.train_rectifier import train_rectifier
 from revq.stages.training.data import Inputs, open_inputs
 
-SMALL = {"batch_size": 24, "width": 32, "depth": 1, "evaluations": 4, "finish_steps": 4, "finish_batch_size": 8, "precision": "fp32"}
+SMALL = {"batch_size": 24, "width": 32, "depth": 1, "evaluations": 4, "decoder_steps": 4, "decoder_batch_size": 8, "precision": "fp32"}
 
 
 def config(store: Path, codebooks: Path, out: Path, **changes: object) -> TrainRectifierConfig:
@@ -44,7 +45,7 @@ def curve(run: Path) -> dict[str, list[float]]:
 def inputs_of(monkeypatch: pytest.MonkeyPatch, store: Path, codebooks: Path, rank: int, world_size: int) -> Inputs:
     monkeypatch.setattr(ranks, "rank", lambda: rank)
     monkeypatch.setattr(ranks, "world_size", lambda: world_size)
-    return open_inputs(config(store, codebooks, Path("unused"), finish_steps=0), LatentStore.open(store), load_codebooks(codebooks))
+    return open_inputs(config(store, codebooks, Path("unused"), decoder_steps=0), LatentStore.open(store), load_codebooks(codebooks))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -85,7 +86,7 @@ def test_two_ranks_go_on_as_one_and_follow_the_curve_of_one_process(
         assert values_at(ours, step) == pytest.approx(values_at(theirs, step), rel=2e-5)
 
 
-def test_a_last_phase_in_parts_on_two_ranks_follows_the_curve_of_whole_batches_on_one(
+def test_a_decoder_phase_in_parts_on_two_ranks_follows_the_curve_of_whole_batches_on_one(
     torchrun: Callable[..., subprocess.CompletedProcess[str]], small_store: Path, small_codebooks: Path, tmp_path: Path
 ) -> None:
     settings = {"steps": 2, "codebook_lr": 0.0, "evaluations": 3}
@@ -118,7 +119,7 @@ def workers_of(launcher: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers through /proc")
 def test_when_a_worker_is_killed_torchrun_starts_again_from_the_last_checkpoint(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
-    settings = {"steps": 150, "evaluations": 30, "finish_steps": 0}
+    settings = {"steps": 150, "evaluations": 30, "decoder_steps": 0}
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     launcher += ["--local-addr", "127.0.0.1", "--max-restarts", "1", "--monitor-interval", "0.2", "-m", "revq"]
     command = [sys.executable, *launcher, *arguments(small_store, small_codebooks, tmp_path / "two", **settings)]

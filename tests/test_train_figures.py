@@ -48,8 +48,8 @@ def test_losses_are_means_of_the_last_steps_codebooks_and_rectifier_apart(
     assert [loss is None for loss in metrics["val_loss"]] == [False, False, True, False, False, True, False]
 
 
-def test_the_line_of_the_last_phase_shows_no_codebook_loss(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
-    events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", steps=4, finish_steps=2, finish_batch_size=4)))
+def test_the_line_of_the_decoder_phase_shows_no_codebook_loss(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+    events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", steps=4, decoder_steps=2, decoder_batch_size=4)))
     tasks = [event.task for event in events if isinstance(event, Begin)]
     assert tasks == ["train", "train through the decoder", "code usage"]
     assert ["codebook_loss" in shown_at(step, events) for step in (3, 4, 5, 6)] == [True, False, False, False]
@@ -144,12 +144,12 @@ def test_frozen_codebooks_leave_no_table_of_usage_and_show_their_quantization(sm
 def test_previewed_db_are_those_of_the_pictures_of_both_latents(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     ready = prepared(small_store, small_codebooks, tmp_path, previews=3)
     with torch.no_grad():
-        ready.state.average.leave.bias.add_(0.1)  # a rectifier that changes something
+        ready.state.ema.conv_out.bias.add_(0.1)  # a rectifier that changes something
     figures, picture = preview(ready.inputs, ready.state, ready.run.val, 3)
     vae, transform = ready.inputs.vae, ready.inputs.transform
     latents = torch.from_numpy(LatentStore.open(small_store)["val"].latents[:3]).float()
     quantized = transform.from_coordinates(ready.state.quantizer.decode(ready.state.quantizer.encode(transform(latents)))).detach()
-    kinds = {"quantized": quantized, "rectified": ready.state.average(quantized).detach()}
+    kinds = {"quantized": quantized, "rectified": ready.state.ema(quantized).detach()}
     reference = vae.decode(latents).clamp(-1, 1).double()
     for name, kind in kinds.items():
         errors = (vae.decode(transform.unstandardize(kind)).clamp(-1, 1).double() - reference) / 2

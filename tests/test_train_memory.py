@@ -29,7 +29,7 @@ def test_frozen_codebooks_get_no_gradient_and_no_optimizer_state(
     small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
 ) -> None:
     monkeypatch.setattr(frozen_table, "_QUANTIZED_BYTES", 1 << 30 if held else 0)
-    ready = prepared(small_store, small_codebooks, tmp_path, codebook_lr=0.0, steps=2, finish_steps=2, finish_batch_size=4)
+    ready = prepared(small_store, small_codebooks, tmp_path, codebook_lr=0.0, steps=2, decoder_steps=2, decoder_batch_size=4)
     assert (ready.run.train.quantized is not None) == held
     for _ in range(4):
         ready.step()

@@ -52,13 +52,13 @@ def test_weights_gradients_and_moments_are_float32_and_channels_last_and_the_opt
             kernels += 1
             assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors)
     assert kernels == 4  # enter, two in the block, leave
-    assert ready.state.average.enter.weight.is_contiguous(memory_format=torch.channels_last)
+    assert ready.state.ema.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_compiled_network_equals_the_plain_one_forward_and_backward() -> None:
     torch.manual_seed(0)
     plain = Rectifier(channels=4, width=32, depth=1)
-    torch.nn.init.normal_(plain.leave.weight, std=0.05)
+    torch.nn.init.normal_(plain.conv_out.weight, std=0.05)
     twin = copy.deepcopy(plain)
     latents, target = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8)
     compiled, reason = _compiled(twin, latents, bf16=False)

@@ -64,7 +64,7 @@ def test_the_same_command_in_another_folder_gives_the_same_weights_bit_for_bit(
 def test_stopped_at_any_step_and_given_again_it_ends_with_the_same_weights(
     small_store: Path, small_codebooks: Path, tmp_path: Path, codebook_lr: float
 ) -> None:
-    changes = {"codebook_lr": codebook_lr, "finish_steps": 4, "finish_batch_size": 4}
+    changes = {"codebook_lr": codebook_lr, "decoder_steps": 4, "decoder_batch_size": 4}
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "whole", **changes)))
     for step in (4, 8, 12, 14):
         stop_at(step, train_rectifier(config(small_store, small_codebooks, tmp_path / "stopped", **changes)))
@@ -76,11 +76,11 @@ def test_stopped_at_any_step_and_given_again_it_ends_with_the_same_weights(
 
 
 def test_killed_at_random_instants_and_given_again_it_ends_with_the_same_weights(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
-    changes = {"steps": 300, "evaluations": 60, "finish_steps": 6, "finish_batch_size": 4}
+    changes = {"steps": 300, "evaluations": 60, "decoder_steps": 6, "decoder_batch_size": 4}
     run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "whole", **changes)))
     arguments = ["--steps", "300", "--batch-size", "16", "--width", "32", "--depth", "1", "--evaluations", "60"]
     command = [sys.executable, "-m", "revq", "train-rectifier", small_store, small_codebooks, tmp_path / "killed", *arguments]
-    command += ["--finish-steps", "6", "--finish-batch-size", "4"]
+    command += ["--decoder-steps", "6", "--decoder-batch-size", "4"]
     chance = random.Random(0)
     for _ in range(2):
         with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -237,7 +237,7 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("codebook_lr", [0.0, 0.01], ids=["frozen codebooks", "trained codebooks"])
 def test_a_step_never_waits_for_the_device(small_store: Path, small_codebooks: Path, tmp_path: Path, codebook_lr: float) -> None:
-    ready = prepared(small_store, small_codebooks, tmp_path, codebook_lr=codebook_lr, batch_size=40, steps=4, finish_steps=2, finish_batch_size=4)
+    ready = prepared(small_store, small_codebooks, tmp_path, codebook_lr=codebook_lr, batch_size=40, steps=4, decoder_steps=2, decoder_batch_size=4)
     with NoWaiting():
         for _ in range(6):  # an epoch ends after the third
             ready.step()
@@ -246,7 +246,7 @@ def test_a_step_never_waits_for_the_device(small_store: Path, small_codebooks: P
 
 
 def test_ten_epochs_and_ten_more_equal_twenty(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
-    settings = {"steps": None, "schedule": "constant", "finish_steps": 2, "finish_batch_size": 4, "batch_size": 40}
+    settings = {"steps": None, "schedule": "constant", "decoder_steps": 2, "decoder_batch_size": 4, "batch_size": 40}
     for name, epochs in (("twenty", 20), ("ten and ten", 10), ("ten and ten", 20)):
         result = run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / name, epochs=epochs, **settings)))
         assert result["steps"] == 3 * epochs + 2
@@ -274,7 +274,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(small_store: Path, small_cod
 def test_a_run_that_gets_no_better_stops_early_with_its_best_weights(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     settings = {"steps": 40, "evaluations": 20, "lr": 0.5, "codebook_lr": 0.0, "patience": 2}
     events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", **settings)))
-    assert any(isinstance(event, Note) and "the first phase ends at step" in event.text for event in events)
+    assert any(isinstance(event, Note) and "the latent phase ends at step" in event.text for event in events)
     metrics = pq.read_table(tmp_path / "run" / "metrics.parquet").to_pydict()
     best = metrics["val_loss"].index(min(metrics["val_loss"]))
     assert len(metrics["step"]) == best + 3
@@ -283,7 +283,7 @@ def test_a_run_that_gets_no_better_stops_early_with_its_best_weights(small_store
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "best.pt", weights_only=True)
     rectifier = ReVQTokenizer.from_pretrained(tmp_path / "run" / "tokenizer").rectifier
     assert rectifier is not None
-    assert all(torch.equal(tensor, checkpoint["average"][name]) for name, tensor in rectifier.state_dict().items())
+    assert all(torch.equal(tensor, checkpoint["ema"][name]) for name, tensor in rectifier.state_dict().items())
     rerun = run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", **settings)))
     assert rerun == events[-1].value
 
@@ -305,13 +305,13 @@ def test_previews_are_pictures_in_tensorboard_and_figures_in_the_table(small_sto
     assert (pictures[0].width, pictures[0].height) == (3 * 64, 3 * 64)
 
 
-def test_lpips_joins_the_loss_of_the_last_phase(small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lpips_joins_the_loss_of_the_decoder_phase(small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     save_random_alexnet(tmp_path / "torch")
-    settings = {"steps": 0, "finish_steps": 2, "finish_batch_size": 4, "evaluations": 1}
+    settings = {"steps": 0, "decoder_steps": 2, "decoder_batch_size": 4, "evaluations": 1}
     for weight in (0.0, 1.0):
         run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / str(weight), finish_lpips=weight, **settings)))
-    plain, perceptual = (pq.read_table(tmp_path / name / "metrics.parquet")["val_picture_loss"][-1].as_py() for name in ("0.0", "1.0"))
+    plain, perceptual = (pq.read_table(tmp_path / name / "metrics.parquet")["val_pixel_loss"][-1].as_py() for name in ("0.0", "1.0"))
     assert perceptual > 1.01 * plain
 
 
@@ -340,7 +340,8 @@ def test_weights_and_biases_gets_the_figures(small_store: Path, small_codebooks:
 
 
 def test_codebooks_of_another_store_are_refused(small_store: Path, small_codebooks: Path, tmp_path: Path, taef2: str, imagenet_sample: Path) -> None:
-    from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+    from revq.stages.configs import EncodeLatentsConfig
+    from revq.stages.encode_latents import encode_latents
 
     other = {"store": str(tmp_path / "other"), "image_size": 128, "limit": 8, "workers": 1}
     run_quietly(encode_latents(EncodeLatentsConfig(images=str(imagenet_sample / "val"), vae=taef2, **other)))  # type: ignore[arg-type]

@@ -12,7 +12,8 @@ from test_vae import save_tiny
 
 from revq import FrozenVAE
 from revq.errors import MismatchError, VAEError
-from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+from revq.stages.configs import EncodeLatentsConfig
+from revq.stages.encode_latents import encode_latents
 from revq.stages.events import run_quietly
 
 SIZE_ADVICE = "--image-size"

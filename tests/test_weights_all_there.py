@@ -205,7 +205,8 @@ def test_codebooks_that_lack_any_tensor_or_have_another_are_refused_by_name(smal
 
 
 def test_codebooks_in_rotated_coordinates_without_their_axes_are_not_taken_for_plain_ones(small_store: Path, tmp_path: Path) -> None:
-    from revq.stages.fit_codebooks import FitCodebooksConfig, fit_codebooks
+    from revq.stages.configs import FitCodebooksConfig
+    from revq.stages.fit_codebooks import fit_codebooks
 
     settings = {"tokens": 64, "codes": 4, "iterations": 1, "transform": "pca"}
     run_quietly(fit_codebooks(FitCodebooksConfig(store=str(small_store), out=str(tmp_path / "pca"), **settings)))  # type: ignore[arg-type]
@@ -255,10 +256,10 @@ def test_a_checkpoint_that_lacks_a_tensor_is_left_out_by_name_and_none_of_it_is_
     paths = sorted((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
     assert len(paths) >= 2
     content = torch.load(paths[-1], weights_only=True)
-    del content["average"]["leave.bias"]
+    del content["ema"]["conv_out.bias"]
     torch.save(content, paths[-1])
     notes = [event.text for event in train_rectifier(settings) if isinstance(event, Note)]
-    assert notes[0] == f"checkpoint {paths[-1].name} is damaged (average: 1 tensor is missing: leave.bias) and left out"
+    assert notes[0] == f"checkpoint {paths[-1].name} is damaged (ema: 1 tensor is missing: conv_out.bias) and left out"
     whole = config(small_store, small_codebooks, tmp_path / "whole", keep=9)
     run_quietly(train_rectifier(whole))
     assert (tmp_path / "run/tokenizer/model.safetensors").read_bytes() == (tmp_path / "whole/tokenizer/model.safetensors").read_bytes()

@@ -12,9 +12,11 @@ import torch
 
 from revq import LatentStore
 from revq.models.codebooks import load_codebooks
+from revq.stages.configs import TrainRectifierConfig
 from revq.stages.events import Advance, Begin, Event
-from revq.stages.train_rectifier import TrainRectifierConfig, _prepare, _step
+from revq.stages.train_rectifier import train_step
 from revq.stages.training.data import open_inputs
+from revq.stages.training.run import open_run
 from revq.stages.training.state import new_state
 
 SMALL = {"steps": 12, "batch_size": 16, "width": 32, "depth": 1, "evaluations": 4}
@@ -69,7 +71,7 @@ class Prepared:
     run: Any
 
     def step(self) -> torch.Tensor:
-        return _step(self.settings, self.inputs, self.state, self.run)
+        return train_step(self.run, self.state).sum()
 
     def weights(self) -> list[torch.Tensor]:
         return [tensor.clone() for module in (self.state.rectifier, self.state.quantizer) for tensor in module.state_dict().values()]
@@ -79,4 +81,4 @@ def prepared(store: Path, codebooks: Path, out: Path, **changes: object) -> Prep
     settings, fitted = config(store, codebooks, out, **changes), load_codebooks(codebooks)
     inputs = open_inputs(settings, LatentStore.open(store), fitted)
     state = new_state(settings, inputs, fitted.codebooks)
-    return Prepared(settings, inputs, state, made_by(_prepare(settings, inputs, state, out)))
+    return Prepared(settings, inputs, state, made_by(open_run(settings, inputs, state, out)))

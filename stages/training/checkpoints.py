@@ -1,6 +1,6 @@
 """The checkpoints of train-rectifier on disk.
 
-`checkpoints/` holds the last few, each named by its step, that of the first phase's end (from where a run may be made longer), and best.pt.
+`checkpoints/` holds the last few, each named by its step, that of the latent phase's end (from where a run may be made longer), and best.pt.
 Only rank 0 writes; every rank reads the one that rank 0 found sound.
 """
 
@@ -38,7 +38,7 @@ def save_checkpoint(state: TrainState, folder: Path, *, keep: int, best: bool) -
         # What lies further on is of a plan that was given up, or of before a damaged checkpoint: it must not crowd out the good ones.
         others = [path for path in _newest_first(folder) if path != newest]
         earlier = [path for path in others if path < newest]
-        for old in set(others) - set(earlier[: keep - 1]) - {_path(folder, state.first_steps)}:
+        for old in set(others) - set(earlier[: keep - 1]) - {_path(folder, state.latent_steps)}:
             old.unlink()
     ranks.barrier()
 
@@ -103,7 +103,7 @@ def take_weights(state: TrainState, folder: Path, step: int, device: torch.devic
         yield Note(text=text, warning=True)
         return state.step
     content = torch.load(folder / name, map_location=device, weights_only=True)
-    state.average.load_state_dict(content["average"])
+    state.ema.load_state_dict(content["ema"])
     state.quantizer.load_state_dict(content["quantizer"])
     return step
 
@@ -127,8 +127,8 @@ def _read(path: Path, state: TrainState, device: torch.device) -> tuple[dict[str
 
 
 def _on_the_way(content: dict[str, Any], planned: tuple[int, int]) -> bool:
-    """A run made longer goes on from its first phase: what the last phase did comes after other steps now."""
-    return tuple(content["planned"]) == planned or content["step"] <= min(content["first_steps"], planned[0])
+    """A run made longer goes on from its latent phase: what the decoder phase did comes after other steps now."""
+    return tuple(content["planned"]) == planned or content["step"] <= min(content["latent_steps"], planned[0])
 
 
 def _flush_names(folder: Path) -> None:

@@ -13,12 +13,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...cache.batches import Batch, ResidentLatents, StreamingLatents, open_reader, reader_that_fits
 from ...cache.rows import epoch_permutation, split_rows, spread_rows
@@ -29,13 +28,9 @@ from ...models.device import pick_device
 from ...models.transform import LatentTransform
 from ...models.vae import FrozenVAE
 from .. import ranks
+from ..configs import TrainRectifierConfig
 from .frozen_tokens import table_bytes
-from .losses import open_lpips
 
-if TYPE_CHECKING:
-    from ..configs import TrainRectifierConfig
-
-LATENTS = ("auto", "resident", "stream")
 _HELD_OUT_SHARE = 0.02
 _MAY_BE_ABSENT = ("val", "none")  # the default, and what asks for latents held out though there is a split
 
@@ -59,9 +54,7 @@ class Inputs:
     val_name: str
     device: torch.device
     vae: FrozenVAE | None
-    """None where neither the last phase nor previews need it."""
-    lpips: nn.Module | None
-    """None where `finish_lpips` is 0."""
+    """None where neither the decoder phase nor previews need it."""
 
     def batch_size(self, wanted: int) -> int:
         """`wanted`, or as many latents as there are; a multiple of the ranks."""
@@ -141,11 +134,9 @@ def open_inputs(config: TrainRectifierConfig, store: LatentStore, fitted: Codebo
     check_ranks(config)
     device = pick_device(config.device)
     split, rows, val_split, val_rows, val_name = _choose_rows(config, store, fitted.identity["rectifier_share"])
-    vae = lpips = None
-    if config.width and (config.finish_steps or config.previews):
+    vae = None
+    if config.width and (config.decoder_steps or config.previews):
         vae = FrozenVAE.load_recorded(store.encoding.vae, spec=config.vae, device=device)
-    if config.width and config.finish_steps and config.finish_lpips:
-        lpips = open_lpips(store.encoding.image_size, device)
     own = _part(rows)
     tokens, codes, _ = fitted.codebooks.shape
     beside = table_bytes(len(own), store.encoding.latent_shape, tokens, codes) if config.codebook_lr == 0 else 0
@@ -161,7 +152,6 @@ def open_inputs(config: TrainRectifierConfig, store: LatentStore, fitted: Codebo
         val_name=val_name,
         device=device,
         vae=vae,
-        lpips=lpips,
     )
 
 
@@ -196,7 +186,7 @@ def _part(rows: NDArray[np.int64]) -> NDArray[np.int64]:
 def check_ranks(config: TrainRectifierConfig) -> None:
     """Raise ConfigError where the processes cannot share a batch evenly."""
     size = ranks.world_size()
-    for name in ("batch_size", "finish_batch_size") if config.finish_steps else ("batch_size",):
+    for name in ("batch_size", "decoder_batch_size") if config.decoder_steps else ("batch_size",):
         value = getattr(config, name)
         if value % size:
             nearest = max(size, value - value % size)

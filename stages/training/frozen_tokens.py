@@ -22,7 +22,7 @@ _QUANTIZED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenTable:
+class FrozenTokens:
     """The tokens of all latents; a batch is a look-up."""
 
     tokens: Tensor
@@ -49,7 +49,7 @@ def table_bytes(rows: int, latent_shape: tuple[int, ...], tokens: int, codes: in
 
 def quantize_once(
     latents: ResidentLatents, name: str, transform: LatentTransform, quantizer: MultiGroupQuantizer
-) -> Generator[Event, None, FrozenTable]:
+) -> Generator[Event, None, FrozenTokens]:
     """Make the table of `latents`, those of the split `name`; yields progress. Beside the table it holds one batch of 256 at a time."""
     rows, device = len(latents), quantizer.codebooks.device
     tokens, codes, _ = quantizer.codebooks.shape
@@ -67,7 +67,7 @@ def quantize_once(
             with torch.no_grad():
                 quantized[first:last] = transform.from_coordinates(quantizer.decode(found))
         yield Advance(done=last)
-    return FrozenTable(tokens=indices, quantized=quantized, counts=counts)
+    return FrozenTokens(tokens=indices, quantized=quantized, counts=counts)
 
 
 def _token_type(codes: int) -> torch.dtype:

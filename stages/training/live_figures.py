@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import ranks
+from ..configs import TrainRectifierConfig
 from .data import Inputs
 from .state import TrainState, chosen_step, refuse_bad_steps
-
-if TYPE_CHECKING:
-    from ..configs import TrainRectifierConfig
 
 _CODEBOOKS_AT_ONCE = 16
 LOG_EVERY = 25
@@ -55,7 +52,7 @@ class LiveFigures:
         """Figures of the steps since the last log point, empty where there are none; raises TrainingError where one was not finite."""
         refuse_bad_steps(state)
         steps = state.step - self._step
-        images = steps * self._inputs.batch_size(self._config.finish_batch_size if _in_last_phase(state) else self._config.batch_size)
+        images = steps * self._inputs.batch_size(self._config.decoder_batch_size if _in_decoder_phase(state) else self._config.batch_size)
         window = _Window(steps, images, time.perf_counter() - self._when, *state.loss_sum.tolist())
         state.loss_sum.zero_()
         self._row = _Window(*(a + b for a, b in zip(astuple(self._row), astuple(window), strict=True)))
@@ -82,7 +79,7 @@ class LiveFigures:
             shown["codebook_usage"] = float(state.usage[0])
         short_names = {"images_per_s": "images/s", "device_memory_gib": "GiB"}
         shown |= {short_names.get(name, name): value for name, value in self._last.items()}
-        if state.finishing and not state.done:  # where the last phase begins: the codebooks train no more
+        if state.in_decoder_phase and not state.done:  # where the decoder phase begins: the codebooks train no more
             shown.pop("codebook_loss", None)
         return shown
 
@@ -97,7 +94,7 @@ class LiveFigures:
         if not window.steps:
             return {}
         means = {"loss": window.loss / window.steps} if self._config.width else {}
-        if self._config.codebook_lr > 0 and not _in_last_phase(state):
+        if self._config.codebook_lr > 0 and not _in_decoder_phase(state):
             means["codebook_loss"] = window.codebook_loss / window.steps
         return {**means, "images_per_s": window.images / max(1e-9, window.seconds)}
 
@@ -107,9 +104,9 @@ class LiveFigures:
         return {"device_memory_gib": torch.cuda.max_memory_allocated(self._inputs.device) / 2**30}
 
 
-def _in_last_phase(state: TrainState) -> bool:
+def _in_decoder_phase(state: TrainState) -> bool:
     """Of the step just taken: a phase's end is an evaluation, so no window reaches over it."""
-    return state.step > state.first_steps
+    return state.step > state.latent_steps
 
 
 def mean_usage(counts: Tensor) -> Tensor:

@@ -14,8 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ...models.rectifier import Rectifier
 from .. import ranks
 
-COMPILE = ("auto", "on", "off")
-
 
 class RectifierNetwork:
     """The rectifier as training runs it; calling it gives float32."""
@@ -48,9 +46,9 @@ class RectifierNetwork:
 
 
 class _CompiledForOneShape(nn.Module):
-    """The rectifier, compiled for the batches of the first phase; anything else goes through it as it is.
+    """The rectifier, compiled for the batches of the latent phase; anything else goes through it as it is.
 
-    So nothing is ever compiled anew in the middle of a run, where a failure would end it. The last phase loses nothing: at 256 px its decoder
+    So nothing is ever compiled anew in the middle of a run, where a failure would end it. The decoder phase loses nothing: at 256 px its decoder
     does a hundred times the rectifier's work.
     """
 
@@ -70,7 +68,7 @@ def open_network(rectifier: Rectifier, example: Tensor, *, bf16: bool, compiling
     """Make `rectifier` ready to train, and say what could not be had.
 
     Args:
-        example: a batch (B,C,H,W) as the first phase will give it.
+        example: a batch (B,C,H,W) as the latent phase will give it.
         bf16: run it under bf16 autocast.
         compiling: "on", "off" or "auto": on CUDA alone.
 

@@ -1,21 +1,20 @@
 """Learning rates and evaluations of train-rectifier as pure functions of the step, so that a resumed run needs no scheduler's history.
 
-The first phase warms up, then follows one of three curves; the last phase (through the decoder) warms up and falls to zero along a cosine.
+The latent phase warms up, then follows one of three curves; the decoder phase (through the decoder) warms up and falls to zero along a cosine.
 """
 
 from __future__ import annotations
 
 import math
 
-SCHEDULES = ("exponential", "cosine", "constant")
 WARMUP_STEPS = 100
-_FINISH_WARMUP_STEPS = 20
+_DECODER_WARMUP_STEPS = 20
 _LEAST_EVALUATIONS = 4
 _LAST_SHARE = 0.05  # the paper's exponential decay ends at 5 %
 
 
 def decay(schedule: str, step: int, steps: int) -> float:
-    """Factor in (0,1] at `step` of a first phase of `steps`: the paper's exponential decay to 5 %, a cosine to zero, or none.
+    """Factor in (0,1] at `step` of a latent phase of `steps`: the paper's exponential decay to 5 %, a cosine to zero, or none.
 
     "constant" is the one that does not look at `steps`: a run with it can be made longer afterwards and equals one that was long at once.
     """
@@ -25,15 +24,16 @@ def decay(schedule: str, step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * share)) if schedule == "cosine" else 1.0
 
 
-def first_phase_factor(schedule: str, step: int, steps: int) -> float:
-    """Warm-up times decay at `step` of the first phase; a warm-up is never longer than the phase, but where its length must not matter."""
-    warmup = WARMUP_STEPS if schedule == "constant" else min(WARMUP_STEPS, steps)
-    return min(1.0, (step + 1) / max(1, warmup)) * decay(schedule, step, steps)
+def rectifier_rate(schedule: str, step: int, steps: int) -> float:
+    """Warm-up times decay at `step` of a phase of `steps`; a warm-up is never longer than the phase, but where its length must not matter.
 
-
-def last_phase_factor(step: int, steps: int) -> float:
-    """Warm-up times a cosine to zero at `step` of a last phase of `steps`."""
-    return min(1.0, (step + 1) / max(1, min(_FINISH_WARMUP_STEPS, steps))) * decay("cosine", step, steps)
+    Args:
+        schedule: of the latent phase; or "decoder", the decoder phase's own short warm-up and cosine to zero.
+    """
+    warmup = _DECODER_WARMUP_STEPS if schedule == "decoder" else WARMUP_STEPS
+    if schedule != "constant":
+        warmup = min(warmup, steps)
+    return min(1.0, (step + 1) / max(1, warmup)) * decay("cosine" if schedule == "decoder" else schedule, step, steps)
 
 
 def evaluation_interval(steps: int, total: int, evaluations: int) -> int:

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +19,15 @@ from ...models.quantizer import MultiGroupQuantizer
 from ...models.rectifier import Rectifier
 from ...models.weight_keys import compare_weights
 from .. import ranks
+from ..configs import TrainRectifierConfig
 from .data import Inputs
 
-if TYPE_CHECKING:
-    from ..configs import TrainRectifierConfig
-
-LATENT_SCORE, PICTURE_SCORE = "val_loss", "val_picture_loss"
-"""The columns by which the first and the last phase are judged."""
+LATENT_SCORE, PIXEL_SCORE = "val_loss", "val_pixel_loss"
+"""The columns by which the first and the decoder phase are judged."""
 _DIVERGED = 10.0  # an untrained rectifier changes nothing, so each phase begins at an error that a sound one falls below
 _REMEDY = "try a lower --lr or --codebook-lr, or --precision fp32, in a new folder"
-_MODULES = ("rectifier", "average", "quantizer", "optimizer")
-_VALUES = ("planned", "streamed", "precision", "first_steps", "total_steps", "step", "best", "usage", "history")
+_MODULES = ("rectifier", "ema", "quantizer", "optimizer")
+_VALUES = ("planned", "streamed", "precision", "latent_steps", "total_steps", "step", "best", "usage", "history")
 
 
 @dataclass(kw_only=True)
@@ -37,13 +35,14 @@ class TrainState:
     """All that changes while training."""
 
     rectifier: Rectifier
-    average: Rectifier
+    ema: Rectifier
+    """The moving average of its weights."""
     quantizer: MultiGroupQuantizer
     optimizer: torch.optim.Optimizer
     planned: tuple[int, int]
-    """Steps of the first phase and of the whole run that the settings ask for."""
-    first_steps: int
-    """Steps of the first phase: as planned, or fewer where it stopped early."""
+    """Steps of the latent phase and of the whole run that the settings ask for."""
+    latent_steps: int
+    """Steps of the latent phase: as planned, or fewer where it stopped early."""
     total_steps: int
     """Steps of both phases."""
     streamed: bool
@@ -65,9 +64,9 @@ class TrainState:
     """Rows of metrics.parquet so far: of evaluations, and between them of losses alone."""
 
     @property
-    def finishing(self) -> bool:
-        """Whether the next step belongs to the last phase."""
-        return self.step >= self.first_steps
+    def in_decoder_phase(self) -> bool:
+        """Whether the next step belongs to the decoder phase."""
+        return self.step >= self.latent_steps
 
     @property
     def done(self) -> bool:
@@ -87,7 +86,7 @@ class TrainState:
         """What keeps `state` from being one that `state_dict` gave for such a run; "" where nothing does. To be asked before any of it is taken."""
         if lacking := [name for name in (*_MODULES, *_VALUES, "counts") if name not in state]:
             return f"it lacks {', '.join(lacking)}"
-        for name in ("rectifier", "average", "quantizer"):
+        for name in ("rectifier", "ema", "quantizer"):
             if faults := compare_weights(getattr(self, name).state_dict(), state[name]):
                 return f"{name}: {faults}"
         if state["counts"].shape != self.counts.shape:
@@ -104,7 +103,7 @@ class TrainState:
         self.step, self.best, self.usage, self.history = (state[name] for name in ("step", "best", "usage", "history"))
         self.precision = state["precision"]
         if tuple(state["planned"]) == self.planned:
-            self.first_steps, self.total_steps = state["first_steps"], state["total_steps"]
+            self.latent_steps, self.total_steps = state["latent_steps"], state["total_steps"]
         self.counts.copy_(state["counts"])
         if ranks.rank() > 0:
             self.counts.zero_()
@@ -138,14 +137,14 @@ def new_state(config: TrainRectifierConfig, inputs: Inputs, codebooks: Tensor) -
         {"params": list(quantizer.parameters()), "weight_decay": 0.0},
     ]
     first = config.steps if config.steps is not None else config.epochs * inputs.steps_per_epoch(config.batch_size)
-    total = first + (config.finish_steps if config.width else 0)
+    total = first + (config.decoder_steps if config.width else 0)
     return TrainState(
         rectifier=rectifier,
-        average=copy.deepcopy(rectifier),
+        ema=copy.deepcopy(rectifier),
         quantizer=quantizer,
         optimizer=torch.optim.AdamW(groups, lr=config.lr, fused=True),
         planned=(first, total),
-        first_steps=first,
+        latent_steps=first,
         total_steps=total,
         streamed=inputs.stream is not None,
         precision=config.precision,
@@ -155,13 +154,13 @@ def new_state(config: TrainRectifierConfig, inputs: Inputs, codebooks: Tensor) -
     )
 
 
-def judge(state: TrainState, row: dict[str, Any], score: str) -> bool:
+def record_best(state: TrainState, row: dict[str, Any], score: str) -> bool:
     """Whether the new evaluation `row` is the best of its phase by the column `score`; a phase starts anew, its scores are no other's.
 
     Raises:
         TrainingError: the score is not finite, or more than 10 times that of the phase's start: the run has diverged.
     """
-    start = state.first_steps if score == PICTURE_SCORE else 0
+    start = state.latent_steps if score == PIXEL_SCORE else 0
     first = next((earlier[score] for earlier in state.evaluations if earlier["step"] == start), row[score])
     figures = [value for name, value in row.items() if name.startswith("val_")]
     if not all(map(math.isfinite, figures)) or row[score] > _DIVERGED * first > 0:
@@ -176,30 +175,30 @@ def judge(state: TrainState, row: dict[str, Any], score: str) -> bool:
 def stop_early(state: TrainState, patience: int | None) -> str:
     """End the present phase after `patience` evaluations without a better one; says so, or "" where it goes on."""
     later = [row for row in state.evaluations if row["step"] > state.best["step"]]
-    if patience is None or len(later) < patience or state.done or state.step == state.first_steps:
+    if patience is None or len(later) < patience or state.done or state.step == state.latent_steps:
         return ""
-    finishing = state.finishing
-    if finishing:
+    in_decoder_phase = state.in_decoder_phase
+    if in_decoder_phase:
         state.total_steps = state.step
     else:
-        state.first_steps, state.total_steps = state.step, state.step + state.planned[1] - state.planned[0]
-    return f"no better since step {state.best['step']}: the {'last' if finishing else 'first'} phase ends at step {state.step}"
+        state.latent_steps, state.total_steps = state.step, state.step + state.planned[1] - state.planned[0]
+    return f"no better since step {state.best['step']}: the {'decoder' if in_decoder_phase else 'latent'} phase ends at step {state.step}"
 
 
 def chosen_step(state: TrainState, patience: int | None) -> tuple[int, str]:
     """The step whose weights the tokenizer gets, and what to say of it ("" where it goes without saying).
 
-    The last one; the best one of the phase that came last, with `patience` and where the last phase ends no better than it began.
+    The last one; the best one of the phase that came last, with `patience` and where the decoder phase ends no better than it began.
     """
     last = state.evaluations[-1]
     if patience is not None:
         return int(state.best["step"]), ""
-    start = next((row[PICTURE_SCORE] for row in state.evaluations if row["step"] == state.first_steps and PICTURE_SCORE in row), None)
-    if start is None or last["step"] == state.first_steps or last[PICTURE_SCORE] < start:
+    start = next((row[PIXEL_SCORE] for row in state.evaluations if row["step"] == state.latent_steps and PIXEL_SCORE in row), None)
+    if start is None or last["step"] == state.latent_steps or last[PIXEL_SCORE] < start:
         return int(last["step"]), ""
     best = int(state.best["step"])
     return best, (
-        f"the last phase ends no better than it began (loss through the decoder {last[PICTURE_SCORE]:.4g}, {start:.4g} at its start): "
+        f"the decoder phase ends no better than it began (loss through the decoder {last[PIXEL_SCORE]:.4g}, {start:.4g} at its start): "
         f"the tokenizer gets the weights of step {best}"
     )
 

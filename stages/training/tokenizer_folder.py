@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import OutputError
 from ...files import read_json
@@ -12,11 +12,9 @@ from ...models.codebooks import Codebooks
 from ...models.rectifier import parameter_count
 from ...models.tokenizer import FORMAT_VERSION, TOKENIZER_KIND, ReVQTokenizer
 from .. import ranks
+from ..configs import TrainRectifierConfig
 from .data import Inputs
 from .state import TrainState
-
-if TYPE_CHECKING:
-    from ..configs import TrainRectifierConfig
 
 
 def is_complete(out: Path, planned: tuple[int, int]) -> bool:
@@ -63,7 +61,7 @@ def build_tokenizer(config: TrainRectifierConfig, inputs: Inputs, state: TrainSt
     tokenizer.transform.load_state_dict(fitted.transform.state_dict())
     tokenizer.quantizer.load_state_dict(state.quantizer.state_dict())
     if tokenizer.rectifier is not None:
-        tokenizer.rectifier.load_state_dict(state.average.state_dict())
+        tokenizer.rectifier.load_state_dict(state.ema.state_dict())
     return tokenizer
 
 

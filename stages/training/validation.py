@@ -11,28 +11,24 @@ import torch
 from torch import Tensor
 
 from .. import ranks
-from .data import Inputs
-from .frozen_tokens import FrozenTable
-from .losses import PictureLoss, latent_loss
-from .state import LATENT_SCORE, PICTURE_SCORE, TrainState
+from .losses import latent_loss
+from .run import TrainingRun
+from .state import LATENT_SCORE, PIXEL_SCORE, TrainState
 
 _BATCH = 256
 _PICTURE_BATCH = 32
 _MOST_DECODED = 256
-"""Pictures decoded at one evaluation of the last phase, on all ranks together: a decoder pass costs far more than a rectifier pass."""
+"""Pictures decoded at one evaluation of the decoder phase, on all ranks together: a decoder pass costs far more than a rectifier pass."""
 
 
 @torch.no_grad()
-def validate(inputs: Inputs, state: TrainState, table: FrozenTable | None) -> dict[str, float]:
-    """Mean squared errors of standardised latents before and after rectification, and the loss of the first phase.
-
-    Args:
-        table: the validation latents quantized once; None where the codebooks change.
-    """
+def validate(run: TrainingRun, state: TrainState) -> dict[str, float]:
+    """Mean squared errors of standardised latents before and after rectification, and the loss of the latent phase."""
+    inputs = run.inputs
     scale, sums = inputs.transform.scale, torch.zeros(3, dtype=torch.float64)
     for index in torch.arange(len(inputs.val)).split(_BATCH):
-        standardised, quantized = val_batch(inputs, state, table, index)
-        rectified = state.average(quantized)
+        standardised, quantized = val_batch(run, state, index)
+        rectified = state.ema(quantized)
         errors = (quantized - standardised).square().mean(), (rectified - standardised).square().mean()
         sums += torch.tensor([*map(float, errors), float(latent_loss(rectified, standardised, scale))], dtype=torch.float64) * len(index)
     before, after, loss = (ranks.sum_tensors(sums) / inputs.val_rows).tolist()
@@ -40,31 +36,33 @@ def validate(inputs: Inputs, state: TrainState, table: FrozenTable | None) -> di
 
 
 @torch.no_grad()
-def picture_error(inputs: Inputs, state: TrainState, table: FrozenTable | None, pictures: PictureLoss | None) -> dict[str, float]:
-    """Mean of the last phase's loss `pictures` over the first of each rank's validation latents."""
-    assert pictures is not None  # it is there where a last phase is
+def pixel_error(run: TrainingRun, state: TrainState) -> dict[str, float]:
+    """Mean of the decoder phase's loss over the first of each rank's validation latents."""
+    assert run.pixel_loss is not None  # it is there where a decoder phase is
+    inputs, pixel_loss = run.inputs, run.pixel_loss
     sums = torch.zeros(2, dtype=torch.float64)
     most = max(1, _MOST_DECODED // ranks.world_size())
-    together = min(_PICTURE_BATCH, 4 * pictures.micro_batch)  # a pass that keeps nothing for gradients needs far less than a quarter of the memory
+    together = min(_PICTURE_BATCH, 4 * pixel_loss.micro_batch)  # a pass that keeps nothing for gradients needs far less than a quarter of the memory
     for index in torch.arange(min(most, len(inputs.val))).split(together):
-        _, quantized = val_batch(inputs, state, table, index)
-        loss = float(pictures(state.average(quantized), inputs.val.batch(index)))
+        _, quantized = val_batch(run, state, index)
+        loss = float(pixel_loss(state.ema(quantized), inputs.val.batch(index)))
         sums += torch.tensor([loss * len(index), len(index)], dtype=torch.float64)
     total, count = ranks.sum_tensors(sums).tolist()
-    return {PICTURE_SCORE: total / count}
+    return {PIXEL_SCORE: total / count}
 
 
-def val_batch(inputs: Inputs, state: TrainState, table: FrozenTable | None, index: Tensor) -> tuple[Tensor, Tensor]:
+def val_batch(run: TrainingRun, state: TrainState, index: Tensor) -> tuple[Tensor, Tensor]:
     """Standardised and quantized standardised latents (B,C,H,W) of those validation rows."""
+    inputs = run.inputs
     standardised = inputs.transform.standardize(inputs.val.batch(index))
-    if table is not None:
-        return standardised, table.batch(index, inputs.transform, state.quantizer)
+    if run.val is not None:
+        return standardised, run.val.batch(index, inputs.transform, state.quantizer)
     indices = state.quantizer.encode(inputs.transform.to_coordinates(standardised))
     return standardised, inputs.transform.from_coordinates(state.quantizer.decode(indices))
 
 
 @torch.no_grad()
-def preview(inputs: Inputs, state: TrainState, table: FrozenTable | None, count: int) -> tuple[dict[str, float], Tensor]:
+def preview(run: TrainingRun, state: TrainState, count: int) -> tuple[dict[str, float], Tensor]:
     """Decoded PSNR (dB) of a fixed handful of rank 0's validation latents, and the pictures.
 
     The reference is the picture of the cached latent, the VAE's own: no image is read.
@@ -72,10 +70,11 @@ def preview(inputs: Inputs, state: TrainState, table: FrozenTable | None, count:
     Returns:
         The figures, and a uint8 picture (3,M*S,3*S): for each latent, from left to right, the VAE's, the quantized and the rectified picture.
     """
+    inputs = run.inputs
     assert inputs.vae is not None
     index = torch.arange(min(count, len(inputs.val)))
-    standardised, quantized = val_batch(inputs, state, table, index)
-    kinds = (standardised, quantized, state.average(quantized))
+    standardised, quantized = val_batch(run, state, index)
+    kinds = (standardised, quantized, state.ema(quantized))
     decoded = [((inputs.vae.decode(inputs.transform.unstandardize(latents)) + 1) / 2).clamp(0, 1) for latents in kinds]
     figures = {f"preview_{name}_db": _psnr_db(decoded[at], decoded[0]) for at, name in ((1, "quantized"), (2, "rectified"))}
     grid = torch.cat([torch.cat(list(pictures), 1) for pictures in decoded], 2)
