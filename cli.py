@@ -115,10 +115,10 @@ def _parameter(described: Described) -> inspect.Parameter:
         return inspect.Parameter(described.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[annotation, option])
     names = [described.option] if described.kind is bool else []
     default = False if described.default is True else described.default
+    help = f"{described.help.removesuffix('.')} ({', '.join(described.choices)})." if described.choices else described.help
     option = typer.Option(
         *names,
-        help=described.help,
-        metavar="|".join(described.choices) or None,
+        help=help,
         rich_help_panel=described.setting.panel,
         show_default=described.setting.none or described.kind is not bool,
     )

@@ -125,7 +125,7 @@ def main() -> None:
         tokenizer = ReVQTokenizer.from_pretrained(save_tokenizer(folder / "tokenizer"), device=device)
         inception = Inception(path, device) if path else None
         settings: dict[str, Any] = {"tokenizer": str(folder / "tokenizer"), "images": IMAGES, "limit": batches * BATCH, "batch_size": BATCH}
-        settings |= {"workers": args.workers, "inception_weights": str(path) if path else None, "tolerance_images": 0, "download": False}
+        settings |= {"workers": args.workers, "inception_weights": str(path) if path else None, "tolerance": False, "download": False}
         bare_seconds(tokenizer, inception, 1)
         pairs = []
         for repeat in range(args.repeats):
@@ -134,7 +134,7 @@ def main() -> None:
         cached = EvaluateConfig(**settings, out=str(folder / "cached-0"), cache=str(folder / "cache"), device=str(device))
         whole_seconds(cached)
         again, _, _ = whole_seconds(EvaluateConfig(**settings, out=str(folder / "cached-1"), cache=str(folder / "cache"), device=str(device)))
-        curve = tolerance_share(EvaluateConfig(**settings | {"tolerance_images": None}, out=str(folder / "curve"), cache="off", device=str(device)))
+        curve = tolerance_share(EvaluateConfig(**settings | {"tolerance": True}, out=str(folder / "curve"), cache="off", device=str(device)))
     count = batches * BATCH
     rows = [
         ("networks alone", f"{statistics.median(count / bare for bare, *_ in pairs):.1f} images/s"),

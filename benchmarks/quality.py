@@ -66,9 +66,7 @@ def train_and_evaluate(vae: str, store: Path, codebooks: Path, run: Path, **sett
 def evaluated(vae: str, run: Path, refine: int = 0) -> dict[str, Any]:
     """metrics.json of the photographs that nothing was fitted on."""
     out = run.with_name(f"{run.name}-evaluation-{refine}")
-    config = EvaluateConfig(
-        tokenizer=str(run), images=str(photographs("val")), out=str(out), vae=vae, refine=refine, tolerance_images=0, download=False
-    )
+    config = EvaluateConfig(tokenizer=str(run), images=str(photographs("val")), out=str(out), vae=vae, refine=refine, tolerance=False, download=False)
     run_quietly(evaluate(config))
     return json.loads((out / "metrics.json").read_text())  # type: ignore[no-any-return]
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..errors import CodebookError, ConfigError
 from .nearest import nearest_codes
 
-BACKENDS = ("auto", "faiss", "torch")
 _SETTLED_ERROR = 1e-4  # FAISS stops when a round improves the error by less than this share ...
 _SETTLED_POINTS = 1e-3  # ... and torch when a round moves fewer points than this share to another code
 _FIXED_POINT = 2.0**36

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BLOCKS = ("conv", "efficientvit")
-
 
 class Rectifier(nn.Module):
     """A residual network over the latent grid; its last layer starts at zero, so an untrained rectifier changes nothing.

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..errors import CodebookError
 from .device import exact_products
 
-KINDS = ("decoder", "pca", "standardize")
 MAX_DENSE_POSITIONS = 4096
 _SMALLEST_SCALE = 1e-2
 # In the metric of mean diagonal 1, what any direction counts at least: one that the decoder ignores must still be decoded from its code, and the

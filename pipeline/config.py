@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..stages.configs import EncodeLatentsConfig, EvaluateConfig, FitCodebooksConfig, TrainRectifierConfig
+from ..stages.configs import EncodeLatentsConfig, EvaluateConfig, FitCodebooksConfig, StageConfig, TrainRectifierConfig, describe
 
 TABLES: dict[str, type[StageConfig]] = {
     "encode-latents": EncodeLatentsConfig,

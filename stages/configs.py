@@ -108,7 +108,8 @@ class FitCodebooksConfig(StageConfig):
     codes: Annotated[int, Setting(panel="Method", at_least=2)] = 16384
     """K, codes in each codebook."""
     transform: Annotated[Literal["decoder", "pca", "standardize"], Setting(panel="Method")] = "decoder"
-    """Coordinates to quantize in: standardize is the paper's."""
+    """Coordinates to quantize in.
+    standardize is the paper's; pca decorrelates; decoder does so in the decoder's metric, where a squared error is one of the picture."""
     iterations: Annotated[int, Setting(panel="Method", at_least=1)] = 20
     """Rounds of k-means, at most."""
     max_samples: Annotated[int | None, Setting(panel="Method", at_least=1, none="all")] = None
@@ -120,7 +121,8 @@ class FitCodebooksConfig(StageConfig):
     calibration_samples: Annotated[int, Setting(panel="Advanced", at_least=1)] = 2048
     """Vector-Jacobian products through the frozen decoder, for --transform decoder."""
     backend: Annotated[Literal["auto", "faiss", "torch"], Setting(panel="Machine")] = "auto"
-    """k-means; auto: faiss on a GPU with faiss-gpu and on a CPU without Numba, else torch."""
+    """What computes k-means.
+    auto: faiss on a GPU with faiss-gpu and on a CPU without Numba, else torch."""
     vae: Annotated[str | None, Setting(panel="Data", none="as in the store")] = None
     """Where the VAE is now, for --transform decoder: hub id, folder, FILE.py:FACTORY."""
 
@@ -164,12 +166,13 @@ class TrainRectifierConfig(StageConfig):
     The tokenizer then gets the best weights. Without it training goes to the end and the last weights are taken, but after a decoder phase
     that ends no better than it began the best ones."""
     schedule: Annotated[Literal["exponential", "cosine", "constant"], Setting(panel="Advanced")] = "exponential"
-    """How the rates fall; a run with constant can be made longer.
-    After a warm-up: exponential to 5 % (the paper's), cosine to zero. The decoder phase always ends in a cosine to zero."""
+    """How the rates fall after a warm-up.
+    Exponential to 5 % (the paper's), cosine to zero; a run with constant can be made longer afterwards. The decoder phase always ends in a cosine to zero."""
     weight_decay: Annotated[float, Setting(panel="Advanced", at_least=0)] = 1e-4
     """AdamW's, on the rectifier."""
     block: Annotated[Literal["conv", "efficientvit"], Setting(panel="Advanced")] = "conv"
-    """Kind of block: efficientvit is the paper's."""
+    """Kind of block.
+    efficientvit is the paper's; conv gained more in short runs (docs/rectifier.md)."""
     decoder_batch_size: Annotated[int, Setting(panel="Advanced", at_least=1)] = 32
     """Latents in a step of --decoder-steps, on all ranks together."""
     evaluations: Annotated[int, Setting(panel="Advanced", at_least=1)] = 20
@@ -184,15 +187,15 @@ class TrainRectifierConfig(StageConfig):
     """Latents decoded at once in --decoder-steps; gradients add up.
     It changes rounding alone."""
     latents: Annotated[Literal["auto", "resident", "stream"], Setting(panel="Machine")] = "auto"
-    """Resident in memory or streamed from disk; auto: as the run began.
-    A new run has them resident where half of the free memory holds the latents and, with frozen codebooks, their tokens. The two take them in another
+    """In memory or streamed from disk.
+    auto: as the run began. A new run has them resident where half of the free memory holds the latents and, with frozen codebooks, their tokens. The two take them in another
     order."""
     precision: Annotated[Literal["auto", "bf16", "fp32"], Setting(panel="Machine")] = "auto"
-    """auto: bf16 where the device has instructions for it.
-    A run keeps what it began with. Weights are float32 always."""
+    """Of forward passes.
+    auto: bf16 where the device has instructions for it, else fp32. A run keeps what it began with. Weights are float32 always."""
     compile: Annotated[Literal["auto", "on", "off"], Setting(panel="Machine")] = "auto"
-    """torch.compile; auto: on CUDA.
-    Where there is no compiler the run goes on without, and says so."""
+    """Whether to use torch.compile.
+    auto: on CUDA. Where there is no compiler the run goes on without, and says so."""
     vae: Annotated[str | None, Setting(panel="Data", none="as in the store")] = None
     """Where the VAE is now, for --decoder-steps and --previews: hub id, folder, FILE.py:FACTORY."""
 

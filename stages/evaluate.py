@@ -41,7 +41,6 @@ from .evaluation.weights import FoundWeights, find_metric_weights
 from .events import Advance, Begin, Event, Note, Result
 from .output_folder import OutputFolder, note_on_writer, output_folder
 
-PRECISIONS = ("fp32", "bf16")
 _SAVE_EVERY_S = 120.0
 _ROUND_TRIP_IMAGES = 16
 

@@ -79,7 +79,7 @@ def flat_folder(folder: Path, imagenet_sample: Path, count: int) -> Path:
 
 def config_for(tokenizer: Path, images: Path | str, out: Path, **settings: Any) -> EvaluateConfig:
     return EvaluateConfig(
-        **{"tokenizer": str(tokenizer), "images": str(images), "out": str(out), "download": False, "device": "cpu", "tolerance_images": 0, **settings}
+        **{"tokenizer": str(tokenizer), "images": str(images), "out": str(out), "download": False, "device": "cpu", "tolerance": False, **settings}
     )
 
 

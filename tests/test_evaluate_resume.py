@@ -54,7 +54,7 @@ from revq.stages import evaluate as stage
 from revq.stages.events import Advance
 stage._SAVE_EVERY_S = 0.0  # after every batch, not every two minutes
 tokenizer, images, out = sys.argv[1:]
-settings = dict(download=False, device="cpu", tolerance_images=0, batch_size=1, workers=1, cache="off")
+settings = dict(download=False, device="cpu", tolerance=False, batch_size=1, workers=1, cache="off")
 for event in stage.evaluate(stage.EvaluateConfig(tokenizer=tokenizer, images=images, out=out, **settings)):
     if isinstance(event, Advance):
         print(event.done, flush=True)

@@ -220,7 +220,7 @@ def test_a_run_does_not_do_anew_what_another_process_is_writing(imagenet_sample:
 def test_an_evaluation_of_a_run_that_is_being_trained_on_says_so(small_run: Path, imagenet_sample: Path, tmp_path: Path) -> None:
     images = flat_folder(tmp_path / "images", imagenet_sample, 2)
     with another_holding(small_run) as process:
-        config = EvaluateConfig(tokenizer=str(small_run), images=str(images), out=str(tmp_path / "out"), download=False, tolerance_images=0)
+        config = EvaluateConfig(tokenizer=str(small_run), images=str(images), out=str(tmp_path / "out"), download=False, tolerance=False)
         notes = [event.text for event in evaluate(config) if isinstance(event, Note)]
     assert any(f"being written by another process: process {process.pid} " in text and "reads what is there now" in text for text in notes)
 

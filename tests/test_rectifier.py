@@ -7,16 +7,16 @@ import copy
 import pytest
 import torch
 
-from revq.models.rectifier import BLOCKS, Rectifier, update_ema
+from revq.models.rectifier import Rectifier, update_ema
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ["conv", "efficientvit"])
 def test_an_untrained_rectifier_changes_nothing(block: str) -> None:
     latents = torch.randn(2, 8, 16, 16)
     assert torch.equal(Rectifier(channels=8, width=32, depth=2, block=block)(latents), latents)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ["conv", "efficientvit"])
 def test_a_rectifier_learns_to_undo_a_known_distortion(block: str) -> None:
     torch.manual_seed(0)
     rectifier = Rectifier(channels=4, width=32, depth=1, block=block)

@@ -61,7 +61,7 @@ def test_an_evaluation_of_refined_tokens_says_so_and_scores_higher(small_run: Pa
     def run(refine: int) -> dict:
         config = EvaluateConfig(
             tokenizer=str(small_run), images=str(imagenet_sample / "val"), out=str(tmp_path / str(refine)), limit=4, refine=refine,
-            tolerance_images=0, cache="off", download=False,
+            tolerance=False, cache="off", download=False,
         )  # fmt: skip
         return dict(run_quietly(evaluate(config)))
 

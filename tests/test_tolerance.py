@@ -151,7 +151,7 @@ def test_without_a_decoder_metric_its_curve_is_missing_with_the_reason(small_run
 
 
 def test_it_can_be_left_out(small_run: Path, imagenet_sample: Path, tmp_path: Path, revq_cli: Callable[..., Any]) -> None:
-    assert measure(small_run, imagenet_sample / "val", tmp_path / "out", tolerance_images=0)["tolerance"] is None
+    assert measure(small_run, imagenet_sample / "val", tmp_path / "out", tolerance=False)["tolerance"] is None
     options = ["--limit", 6, "--no-tolerance", "--no-download", "--device", "cpu", "--json"]
     again = revq_cli("evaluate", small_run, imagenet_sample / "val", tmp_path / "out", *options)
     assert "nothing to do" in again.stderr  # the same evaluation
