@@ -167,7 +167,8 @@ class TrainRectifierConfig(StageConfig):
     that ends no better than it began the best ones."""
     schedule: Annotated[Literal["exponential", "cosine", "constant"], Setting(panel="Advanced")] = "exponential"
     """How the rates fall after a warm-up.
-    Exponential to 5 % (the paper's), cosine to zero; a run with constant can be made longer afterwards. The decoder phase always ends in a cosine to zero."""
+    Exponential to 5 % (the paper's), cosine to zero; a run with constant can be made longer afterwards.
+    The decoder phase always ends in a cosine to zero."""
     weight_decay: Annotated[float, Setting(panel="Advanced", at_least=0)] = 1e-4
     """AdamW's, on the rectifier."""
     block: Annotated[Literal["conv", "efficientvit"], Setting(panel="Advanced")] = "conv"
@@ -188,8 +189,8 @@ class TrainRectifierConfig(StageConfig):
     It changes rounding alone."""
     latents: Annotated[Literal["auto", "resident", "stream"], Setting(panel="Machine")] = "auto"
     """In memory or streamed from disk.
-    auto: as the run began. A new run has them resident where half of the free memory holds the latents and, with frozen codebooks, their tokens. The two take them in another
-    order."""
+    auto: as the run began. A new run has them resident where half of the free memory holds the latents and, with frozen codebooks, their tokens.
+    The two take them in another order."""
     precision: Annotated[Literal["auto", "bf16", "fp32"], Setting(panel="Machine")] = "auto"
     """Of forward passes.
     auto: bf16 where the device has instructions for it, else fp32. A run keeps what it began with. Weights are float32 always."""

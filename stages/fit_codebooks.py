@@ -14,46 +14,36 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Generator, Iterator
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..cache.batches import ResidentLatents, StreamingLatents, open_latents
+from ..cache.batches import open_latents
 from ..cache.rows import spread_rows
 from ..cache.store import LatentSplit, LatentStore
 from ..errors import CodebookError
 from ..files import write_bytes
 from ..models.codebooks import CODEBOOKS_KIND, CODEBOOKS_NAME, Codebooks, check_finite, load_codebooks, save_codebooks
 from ..models.device import pick_device
-from ..models.kmeans import faiss_uses, kmeans, pick_backend
-from ..models.nearest import nearest_codes, search_note
-from ..models.quantizer import code_counts, dead_codes
+from ..models.kmeans import faiss_uses, pick_backend
+from ..models.nearest import search_note
+from ..models.quantizer import dead_codes
 from ..models.transform import (
-    Covariance,
     LatentTransform,
-    cut_into_blocks,
-    fit_axes,
-    scale_from_sensitivity,
     spatial_block,
-    standard_deviation,
 )
 from ..models.vae import FrozenVAE
 from . import ranks
 from .code_usage import count_codes, summarize_usage, write_usage
 from .configs import FitCodebooksConfig
-from .events import Advance, Begin, Event, Note, Result
+from .events import Event, Note, Result
+from .fitting.codebook_blocks import fit_blocks, join_blocks
+from .fitting.transform import load_transform, make_transform, sensitivity_table
 from .output_folder import OutputFolder, output_folder
 
-Latents = ResidentLatents | StreamingLatents  # whichever memory allows: they are only read through, once for each block of tokens
-_BLOCK_BYTES = 256 << 20
-_BATCH = 1024
-_DECODED_AT_ONCE = 4  # for its gradients DC-AE f32c32 keeps 1.3 GiB for each 256 px picture in float32
-_TRANSFORM_NAME = "transform.safetensors"
 SENSITIVITY_NAME = "sensitivity.md"
 POINTS_PER_CODE = 39
 
@@ -98,11 +88,11 @@ def _fit(config: FitCodebooksConfig, folder: OutputFolder) -> Iterator[Event]:
     if backend == "faiss" and not faiss_uses(device):
         yield Note(text=f"this FAISS fits on the CPU, not on {device}: install revq[gpu] (faiss-gpu), or pass --backend torch", warning=True)
     latents = open_latents(split, rows, device)
-    yield from _make_transform(config, split, latents, vae, out / "partial")
-    transform, sensitivity = _load_transform(config, out / "partial")
-    yield from _fit_groups(config, latents, transform.to(device), backend, out / "partial")
+    yield from make_transform(config, split, latents, vae, out / "partial")
+    transform, sensitivity = load_transform(config, out / "partial")
+    yield from fit_blocks(config, latents, transform.to(device), backend, out / "partial")
     ranks.barrier()
-    codebooks, fitted_counts, fitted_errors = _join_groups(config, latents, out / "partial")
+    codebooks, fitted_counts, fitted_errors = join_blocks(config, latents, out / "partial")
     check_finite(codebooks, "the latents hold extreme values: check the store with revq info --verify")
     del latents
     counts, errors = fitted_counts, fitted_errors
@@ -169,150 +159,6 @@ def check_tokens(config: FitCodebooksConfig, shape: tuple[int, int, int]) -> Non
     LatentTransform(mean=torch.zeros(shape), std=torch.ones(shape), tokens=config.tokens)
     if config.transform != "standardize":
         spatial_block(shape, config.tokens)
-
-
-def _make_transform(config: FitCodebooksConfig, split: LatentSplit, latents: Latents, vae: FrozenVAE | None, partial: Path) -> Iterator[Event]:
-    """Write transform and sensitivity to `partial`, where the other ranks, and a rerun, find them."""
-    if ranks.broadcast((partial / _TRANSFORM_NAME).exists()):
-        return
-    mean = torch.from_numpy(split.mean).float()
-    std = standard_deviation(torch.from_numpy(split.variance)).float()
-    gradients = None if vae is None else (yield from _calibrate(config, split, latents, std, vae))
-    if ranks.rank() == 0:
-        plain = LatentTransform(mean=mean, std=std, tokens=config.tokens)
-        tensors: dict[str, Tensor] = {}
-        if gradients is not None:
-            tensors["sensitivity"] = gradients.square().mean(0)
-            plain.scale = scale_from_sensitivity(tensors["sensitivity"])
-            gradients /= plain.scale * tensors["sensitivity"].mean().sqrt()  # so the metric has mean diagonal 1, however bright the pictures are
-        if config.transform != "standardize":
-            tensors |= yield from _fit_axes(config, latents, plain.to(latents.device), gradients)
-        write_bytes(partial / _TRANSFORM_NAME, save({**plain.cpu().state_dict(), **tensors}))
-    ranks.barrier()
-
-
-def _load_transform(config: FitCodebooksConfig, partial: Path) -> tuple[LatentTransform, Tensor | None]:
-    tensors = load_file(partial / _TRANSFORM_NAME)
-    parts = {name: tensors.get(name) for name in ("mean", "std", "scale", "axes", "inverse_axes")}
-    return LatentTransform(**parts, tokens=config.tokens), tensors.get("sensitivity")  # type: ignore[arg-type]
-
-
-def _fit_axes(
-    config: FitCodebooksConfig, latents: Latents, plain: LatentTransform, gradients: Tensor | None
-) -> Generator[Event, None, dict[str, Tensor]]:
-    """`axes` (P,P), or (G,Q,Q) with spatial blocks, and `inverse_axes` where they are not orthogonal: one block after the other, so that memory holds
-    the covariance of one. `gradients` (n,C,H,W) of the decoder, in the coordinates that the axes start from, make the metric."""
-    shape = tuple(plain.mean.shape)
-    rows, columns = block = spatial_block(shape, config.tokens)  # type: ignore[arg-type]
-    block_shape = (shape[0], rows, columns)
-    blocks = plain.mean.numel() // math.prod(block_shape)
-    tokens = config.tokens // blocks
-    made: dict[str, list[Tensor]] = {"axes": [], "inverse_axes": []}
-    yield Begin(task="covariance", total=blocks * len(latents), unit="latents")
-    for number in range(blocks):
-        covariance, metric = Covariance(block_shape, latents.device), Covariance(block_shape, latents.device)
-        for positions, batch in latents.sequential(_BATCH):
-            scaled = plain.standardize(batch) * plain.scale
-            covariance.add(cut_into_blocks(scaled, block)[:, number].unflatten(1, block_shape))
-            yield Advance(done=number * len(latents) + int(positions[-1]) + 1)
-        for part in () if gradients is None else gradients.split(_BATCH):
-            metric.add(cut_into_blocks(part.to(latents.device), block)[:, number].unflatten(1, block_shape))
-        bits = tokens * math.log2(config.codes)
-        fitted = fit_axes(covariance.shrunk(), tokens, bits, None if gradients is None else metric.shrunk())
-        for name, matrix in zip(made, fitted, strict=True):
-            made[name] += [] if matrix is None else [matrix.cpu()]
-    return {name: torch.stack(matrices) if blocks > 1 else matrices[0] for name, matrices in made.items() if matrices}
-
-
-def _calibrate(config: FitCodebooksConfig, split: LatentSplit, latents: Latents, std: Tensor, vae: FrozenVAE) -> Generator[Event, None, Tensor]:
-    """(n,C,H,W) gradients J^T v of standardised latents: v are random signs on the decoded values, one per cached latent drawn.
-
-    Their mean outer product is E[J^T J], the metric in which an error of the latent is the squared change of the picture.
-    Each rank takes every world_size-th batch. Memory on the CPU: all of them in float32.
-    """
-    std = std.to(latents.device)
-    chosen, draws = torch.randint(len(latents), (config.calibration_samples,), generator=torch.Generator().manual_seed(config.seed)).unique(
-        return_inverse=True
-    )
-    drawn, batches = ResidentLatents(split, latents.rows[chosen.numpy()], device=latents.device), draws.split(16)
-    yield Begin(task="decoder sensitivity", total=config.calibration_samples, unit="products")
-    mine, done = {}, 0
-    for number in range(ranks.rank(), len(batches), ranks.world_size()):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
-        gradients = []
-        for some in drawn.batch(batches[number]).split(_DECODED_AT_ONCE):
-            standardised = (some / std).requires_grad_()
-            pixels = vae.decode(standardised * std)
-            signs = torch.randint(0, 2, pixels.shape, generator=generator).to(pixels) * 2 - 1
-            (gradient,) = torch.autograd.grad((pixels * signs).sum(), standardised)
-            gradients.append(gradient.cpu())
-        mine[number] = torch.cat(gradients)
-        done += len(batches[number]) * ranks.world_size()
-        yield Advance(done=min(done, config.calibration_samples))
-    gathered = {number: value for part in ranks.gather(mine) for number, value in part.items()}
-    return torch.cat([gathered[number] for number in range(len(batches))])
-
-
-def sensitivity_table(sensitivity: Tensor, transform: LatentTransform) -> str:
-    """Markdown: one row for each latent channel."""
-    level = float(sensitivity.mean())
-    rows = [
-        f"| {channel} | {float(transform.std[channel].square().mean().sqrt()):.4g} | {float(values.mean()) / level:.4g} "
-        f"| {100 * float(values.sum() / sensitivity.sum()):.1f} % | {float(transform.scale[channel].mean()):.3g} |"
-        for channel, values in enumerate(sensitivity)
-    ]
-    head = ["| channel | deviation of the latent | sensitivity (mean 1) | share | scale |", "|---|---|---|---|---|"]
-    return "\n".join([*head, *rows]) + "\n"
-
-
-def _spans(config: FitCodebooksConfig, latents: Latents, partial: Path) -> dict[tuple[int, int], Path]:
-    """Blocks of tokens that are fitted at once, and the file of each; as many as there are ranks, where there are tokens enough, or more."""
-    dims = math.prod(latents.latent_shape) // config.tokens
-    widest = max(1, min(32, _BLOCK_BYTES // (len(latents) * dims * 4)))
-    count = min(config.tokens, max(math.ceil(config.tokens / widest), ranks.world_size()))
-    cuts = [config.tokens * block // count for block in range(count + 1)]
-    return {(first, last): partial / f"tokens-{first:05d}-{last:05d}.safetensors" for first, last in pairwise(cuts)}
-
-
-def _fit_groups(config: FitCodebooksConfig, latents: Latents, transform: LatentTransform, backend: str, partial: Path) -> Iterator[Event]:
-    """k-means for this rank's share of the blocks of tokens; each finished one is kept in `partial`, so that a rerun goes on there."""
-    mine = dict(list(_spans(config, latents, partial).items())[ranks.rank() :: ranks.world_size()])
-    errors = [load_file(path)["errors"] for path in mine.values() if path.exists()]
-    done = sum(map(len, errors))
-    shared = f", rank {ranks.rank()} of {ranks.world_size()}" if ranks.world_size() > 1 else ""
-    yield Begin(task=f"k-means ({backend}{shared})", total=sum(last - first for first, last in mine), unit="codebooks", done=done)
-    for (first, last), path in mine.items():
-        if path.exists():
-            continue
-        points = _coordinates(latents, transform, first, last)
-        seeds = [config.seed * 1_000_003 + token for token in range(first, last)]
-        block = _assess(points, kmeans(points, config.codes, iterations=config.iterations, seeds=seeds, backend=backend))
-        write_bytes(path, save(block))
-        errors.append(block["errors"])
-        done += last - first
-        yield Advance(done=done, values={"coordinate_mse": float(torch.cat(errors).mean())})
-
-
-def _join_groups(config: FitCodebooksConfig, latents: Latents, partial: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Codebooks (T,K,D), and over the fitted rows the counts (T,K) of their codes and the mean squared errors (T,)."""
-    blocks = [load_file(path) for path in _spans(config, latents, partial).values()]
-    joined = {name: torch.cat([block[name] for block in blocks]) for name in ("codebooks", "counts", "errors")}
-    return joined["codebooks"], joined["counts"], joined["errors"]
-
-
-def _coordinates(latents: Latents, transform: LatentTransform, first: int, last: int) -> Tensor:
-    """(last-first,N,D) coordinates of those tokens for all latents."""
-    parts = [transform.to_coordinates(transform.standardize(batch), first, last) for _, batch in latents.sequential(_BATCH)]
-    return torch.cat(parts).transpose(0, 1).contiguous()
-
-
-def _assess(points: Tensor, codebooks: Tensor) -> dict[str, Tensor]:
-    """Codebooks with how often each code is used over `points` (G,N,D), and the mean squared error of each group."""
-    indices = nearest_codes(points, codebooks)
-    chosen = codebooks.gather(1, indices.unsqueeze(2).expand(-1, -1, codebooks.shape[2]))
-    errors = (points - chosen).square().mean((1, 2))
-    counts = code_counts(indices.T, codebooks.shape[1])
-    return {"codebooks": codebooks.cpu().contiguous(), "counts": counts.cpu(), "errors": errors.cpu()}
 
 
 def _result(config: FitCodebooksConfig, made: Codebooks, *, mse: float | None, latents: int, seconds: float) -> dict[str, Any]:

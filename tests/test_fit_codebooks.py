@@ -27,7 +27,8 @@ from revq.stages.code_usage import count_codes
 from revq.stages.configs import EncodeLatentsConfig, FitCodebooksConfig
 from revq.stages.encode_latents import encode_latents
 from revq.stages.events import Advance, Begin, Event, Note, run_quietly
-from revq.stages.fit_codebooks import _fit_groups, fit_codebooks
+from revq.stages.fit_codebooks import fit_codebooks
+from revq.stages.fitting.codebook_blocks import fit_blocks
 
 SMALL = {"tokens": 512, "codes": 32, "iterations": 4, "calibration_samples": 32}
 
@@ -237,8 +238,8 @@ def test_each_rank_fits_its_own_codebooks_and_all_of_them_together_each_one_once
             fitted[rank] += seeds
             return points[:, :codes]
 
-        monkeypatch.setattr("revq.stages.fit_codebooks.kmeans", record)
-        events = list(_fit_groups(config(small_store, tmp_path, tokens=tokens), latents, transform, "torch", tmp_path))
+        monkeypatch.setattr("revq.stages.fitting.codebook_blocks.kmeans", record)
+        events = list(fit_blocks(config(small_store, tmp_path, tokens=tokens), latents, transform, "torch", tmp_path))
         assert isinstance(events[0], Begin)
         assert events[0].total == len(fitted[rank])
         assert f"rank {rank} of {world_size}" in events[0].task
