@@ -11,24 +11,25 @@ Shapes: B batch, S image side, T tokens per image, D dims per token.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .tokenizer import ReVQTokenizer
+from .quantizer import MultiGroupQuantizer
 
+Decode = Callable[[Tensor], Tensor]
+"""Quantized coordinates (B,T,D) -> pictures (B,3,S,S) in [-1,1], with gradients."""
 _IMAGES = 8  # at once: a decoder's activations are large
 
 
 @torch.inference_mode(False)  # the gradient needs tensors of its own, whatever mode the caller is in
 @torch.no_grad()
-def refine_tokens(tokenizer: ReVQTokenizer, images: Tensor, coordinates: Tensor, steps: int) -> Tensor:
+def refine_tokens(quantizer: MultiGroupQuantizer, decode: Decode, images: Tensor, coordinates: Tensor, steps: int) -> Tensor:
     """The best tokens met on a walk of `steps` steps from the encoder's coordinates.
 
     Args:
-        images: (B,3,S,S) in [-1,1], on the tokenizer's device.
+        images: (B,3,S,S) in [-1,1], on the quantizer's device.
         coordinates: (B,T,D) of the encoder's latents.
         steps: how often to decode, go back and quantize again; 0 gives the nearest codes.
 
@@ -36,32 +37,32 @@ def refine_tokens(tokenizer: ReVQTokenizer, images: Tensor, coordinates: Tensor,
         (B,T) int64; no image's pixels are further off than with its nearest codes.
     """
     if steps == 0:
-        return tokenizer.quantizer.encode(coordinates)
+        return quantizer.encode(coordinates)
     parts = zip(images.split(_IMAGES), coordinates.split(_IMAGES), strict=True)
-    return torch.cat([_refine(tokenizer, some, start, steps) for some, start in parts])
+    return torch.cat([_refine(quantizer, decode, some, start, steps) for some, start in parts])
 
 
-def _refine(tokenizer: ReVQTokenizer, images: Tensor, coordinates: Tensor, steps: int) -> Tensor:
-    best = indices = tokenizer.quantizer.encode(coordinates)
-    least, gradient = _error_and_gradient(tokenizer, images, indices)
+def _refine(quantizer: MultiGroupQuantizer, decode: Decode, images: Tensor, coordinates: Tensor, steps: int) -> Tensor:
+    best = indices = quantizer.encode(coordinates)
+    least, gradient = _error_and_gradient(quantizer, decode, images, indices)
     # The quantization error is the natural length of a step: a much shorter one changes no code, a much longer one all of them. Half of it, down to
     # nothing in a cosine, did well on every transform (docs/codebooks.md).
-    unit = 0.5 * (tokenizer.quantizer.decode(indices) - coordinates).flatten(1).norm(dim=1)
+    unit = 0.5 * (quantizer.decode(indices) - coordinates).flatten(1).norm(dim=1)
     for step in range(steps):
         length = unit * 0.5 * (1 + math.cos(math.pi * step / steps)) / gradient.flatten(1).norm(dim=1).clamp_min(1e-30)
         coordinates = coordinates - length[:, None, None] * gradient
-        indices = tokenizer.quantizer.encode(coordinates)
-        error, gradient = _error_and_gradient(tokenizer, images, indices)
+        indices = quantizer.encode(coordinates)
+        error, gradient = _error_and_gradient(quantizer, decode, images, indices)
         better = error < least
         least = torch.where(better, error, least)
         best = torch.where(better[:, None], indices, best)
     return best
 
 
-def _error_and_gradient(tokenizer: ReVQTokenizer, images: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+def _error_and_gradient(quantizer: MultiGroupQuantizer, decode: Decode, images: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squared error (B,) of each image's pixels, and its gradient (B,T,D) in the quantized coordinates."""
-    quantized = tokenizer.quantizer.decode(indices).requires_grad_()
+    quantized = quantizer.decode(indices).requires_grad_()
     with torch.enable_grad():
-        errors = (tokenizer.vae.decode(tokenizer.latents_of(quantized)) - images).square().mean((1, 2, 3))
+        errors = (decode(quantized) - images).square().mean((1, 2, 3))
         (gradient,) = torch.autograd.grad(errors.sum(), quantized)
     return errors.detach(), gradient

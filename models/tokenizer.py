@@ -226,7 +226,7 @@ class ReVQTokenizer(FrozenModule, PyTorchModelHubMixin):
         if len(images) == 0:  # not every VAE takes a batch of none
             return torch.empty(0, self.tokens, dtype=torch.int64, device=self.device)
         latents = checked_latents(self.vae.encode(images), self.latent_shape, self.device)
-        return refine_tokens(self, images, self.transform(latents), refine)
+        return refine_tokens(self.quantizer, lambda quantized: self.vae.decode(self.latents_of(quantized)), images, self.transform(latents), refine)
 
     @torch.no_grad()
     def decode(self, indices: Tensor, *, rectify: bool = True) -> Tensor:

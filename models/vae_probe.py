@@ -6,7 +6,7 @@ Shapes: B batch, C,H,W latent channels, rows, columns, S image side in pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,12 +14,22 @@ from torch import Tensor
 from ..errors import VAEError
 from .vae_files import one_line
 
-if TYPE_CHECKING:
-    from .vae import FrozenVAE
-
 _SIDE = 64
 _GRAINS = (64, 56, 48)  # one latent of an image VAE stands for 64 px or for what divides that, for 7 or 14 (patches of a transformer), or 3, 6, 12
 _OTHER_CHANNELS = (1, 2, 4, 6)
+
+
+class Probed(Protocol):
+    """What is asked of a VAE to try it out: that of `FrozenVAE`."""
+
+    id: str
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
 
 
 def read_latents(output: Any) -> Tensor:
@@ -51,7 +61,7 @@ def read_pictures(output: Any) -> Tensor:
     return found
 
 
-def round_trip_shape(vae: FrozenVAE, image_size: int) -> tuple[int, int, int]:
+def round_trip_shape(vae: Probed, image_size: int) -> tuple[int, int, int]:
     """(C,H,W) of the latent of one image of that side, which must come back whole.
 
     Raises:
@@ -68,7 +78,7 @@ def round_trip_shape(vae: FrozenVAE, image_size: int) -> tuple[int, int, int]:
     raise VAEError(f"VAE {vae.id} cannot be used: {fault}") from fault
 
 
-def _round_trip(vae: FrozenVAE, channels: int, side: int) -> tuple[int, int, int]:
+def _round_trip(vae: Probed, channels: int, side: int) -> tuple[int, int, int]:
     """(C,H,W) after encoding and decoding one grey image; raises VAEError with the fault alone."""
     grey = torch.zeros(1, channels, side, side, device=vae.device)
     latent = _call("encode", vae.encode, grey)
@@ -97,7 +107,7 @@ def _call(name: str, function: Any, value: Tensor) -> Tensor:
     return result
 
 
-def _sides_that_do(vae: FrozenVAE, image_size: int) -> list[int]:
+def _sides_that_do(vae: Probed, image_size: int) -> list[int]:
     """The nearest sides below and above that come back whole; none where no usual side does, so that the side is not what is wrong."""
     usual = [side for grain in _GRAINS for side in (image_size - image_size % grain, image_size - image_size % grain + grain)]
     for side in usual:
@@ -108,7 +118,7 @@ def _sides_that_do(vae: FrozenVAE, image_size: int) -> list[int]:
     return []
 
 
-def _latent_height(vae: FrozenVAE, side: int) -> int:
+def _latent_height(vae: Probed, side: int) -> int:
     """H at that side; 0 where an image of it does not come back whole."""
     try:
         return _round_trip(vae, 3, side)[1] if side else 0
@@ -116,7 +126,7 @@ def _latent_height(vae: FrozenVAE, side: int) -> int:
         return 0
 
 
-def _other_input(vae: FrozenVAE) -> str:
+def _other_input(vae: Probed) -> str:
     """What the encoder takes in place of an RGB image; "" where that is not found."""
     try:
         vae.encode(torch.zeros(1, 3, 1, _SIDE, _SIDE, device=vae.device))

@@ -23,8 +23,8 @@ from .folder import IMAGE_SUFFIXES
 from .items import NO_LABEL, ItemColumns, printable
 from .places import Place, relative_names
 from .skipped import Skipped
-from .tar import NO_IMAGE, TarSource, members_of, open_archive, sample_key, table_of, threads_for
 from .tar_index import Member, TarWalk
+from .tar_members import NO_IMAGE, TarSource, members_of, open_archive, sample_key, table_of, threads_for
 
 _LABEL_BYTES = 1 << 24  # of a .json at most: it is held in memory
 
