@@ -226,6 +226,10 @@ class ReVQTokenizer(FrozenModule, PyTorchModelHubMixin):
         if len(images) == 0:  # not every VAE takes a batch of none
             return torch.empty(0, self.tokens, dtype=torch.int64, device=self.device)
         latents = checked_latents(self.vae.encode(images), self.latent_shape, self.device)
+        return self.tokens_of(images, latents, refine=refine)
+
+    def tokens_of(self, images: Tensor, latents: Tensor, *, refine: int) -> Tensor:
+        """Checked images (B,3,S,S) in [-1,1] and their raw latents (B,C,H,W) -> indices (B,T); `refine` as `encode` takes it."""
         return refine_tokens(self.quantizer, lambda quantized: self.vae.decode(self.latents_of(quantized)), images, self.transform(latents), refine)
 
     @torch.no_grad()

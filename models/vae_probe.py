@@ -23,6 +23,7 @@ class Probed(Protocol):
     """What is asked of a VAE to try it out: that of `FrozenVAE`."""
 
     id: str
+    network: Any
 
     @property
     def device(self) -> torch.device: ...
@@ -88,7 +89,7 @@ def _round_trip(vae: Probed, channels: int, side: int) -> tuple[int, int, int]:
     if not bool(latent.isfinite().all()):
         raise VAEError("it encodes a grey image to values that are not finite; its weights are damaged")
     with torch.no_grad():
-        pictures = _call("decode", lambda latents: read_pictures(vae.network.decode(latents)), latent)  # type: ignore[operator]
+        pictures = _call("decode", lambda latents: read_pictures(vae.network.decode(latents)), latent)
     expected = (1, channels, side, side)
     if tuple(pictures.shape) != expected:
         raise VAEError(f"an image of shape {expected} comes back as {tuple(pictures.shape)}")

@@ -60,7 +60,7 @@ def test_gradients_added_over_parts_are_those_of_the_whole_batch(micro_batch: in
     made = []
     for size in (8, micro_batch):
         trained = copy.deepcopy(rectifier)
-        pictures = PixelLoss(vae=vae, transform=transform, lpips=None, lpips_weight=0.0, micro_batch=size)
+        pictures = PixelLoss(vae=vae, transform=transform, micro_batch=size)
         loss = backward_in_parts(RectifierNetwork(trained, bf16=False, network=trained), pictures, latents + 0.3 * noise, latents)
         made.append((loss, [weight.grad for weight in trained.parameters()]))
     (whole_loss, whole), (loss, parts) = made
@@ -85,16 +85,15 @@ def test_the_micro_batch_may_change_within_a_folder_and_changes_rounding_alone(s
         torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_before_the_latent_phase_the_last_one_is_tried_with_ever_fewer_latents_at_once(
+def test_before_the_latent_phase_the_decoder_phase_is_tried_and_the_advice_is_taken(
     small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "asked", micro_batch=1)))
-    short_of_memory(monkeypatch, most=1)
-    events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "found")))
-    text = notes(events)
-    assert "the decoder phase takes 1 of its 4 latents at a time, as many as memory holds" in text
-    begun = next(number for number, event in enumerate(events) if isinstance(event, Begin) and event.task == "train")
-    assert "as many as memory holds" in notes(events[:begun])
+    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "asked", micro_batch=2)))
+    short_of_memory(monkeypatch, most=2)
+    with pytest.raises(TrainingError, match=r"not fit in the memory of cpu with 4 latents at once; give --micro-batch 2, whose result is the same"):
+        run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "found")))
+    assert not (tmp_path / "found" / "checkpoints").exists()
+    run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "found", micro_batch=2)))
     asked, found = tokenizer(tmp_path / "asked"), tokenizer(tmp_path / "found")
     assert all(torch.equal(found[name], tensor) for name, tensor in asked.items())
 
@@ -103,8 +102,8 @@ def test_where_not_even_one_latent_fits_nothing_is_trained(
     small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short_of_memory(monkeypatch, most=0)
-    with pytest.raises(TrainingError, match=r"does not fit in the memory of cpu, not even one latent at a time; free it .* the same folder takes it"):
-        run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run")))
+    with pytest.raises(TrainingError, match=r"does not fit in the memory of cpu with 1 latents at once; free it .* the same folder takes it"):
+        run_quietly(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", micro_batch=1)))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -72,7 +72,7 @@ def test_a_run_keeps_the_precision_that_it_began_with(
     settings = {"steps": 6, "batch_size": 16, "width": 32, "depth": 1, "evaluations": 2, "codebook_lr": 0.0}
 
     def events(name: str, fast: bool) -> Any:
-        monkeypatch.setattr("revq.stages.train_rectifier.bf16_is_fast", lambda device: fast)
+        monkeypatch.setattr("revq.stages.training.run.bf16_is_fast", lambda device: fast)
         return train_rectifier(TrainRectifierConfig(store=str(small_store), codebooks=str(small_codebooks), out=str(tmp_path / name), **settings))
 
     def made(name: str) -> bytes:

@@ -26,6 +26,10 @@ def test_a_few_steps_bring_every_picture_much_nearer_to_its_image(tokenizer: ReV
     assert float(refined.mean()) < 0.85 * float(plain.mean()), refined / plain
 
 
+def decoding(tokenizer: ReVQTokenizer) -> refine.Decode:
+    return lambda quantized: tokenizer.vae.decode(tokenizer.latents_of(quantized))
+
+
 def test_no_image_is_made_worse_even_by_steps_far_too_long(tokenizer: ReVQTokenizer, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refine.math, "pi", 0.0)  # the first step's length for ever
     plain, refined = errors(tokenizer, images, tokenizer.encode(images)), errors(tokenizer, images, tokenizer.encode(images, refine=2))
@@ -34,12 +38,12 @@ def test_no_image_is_made_worse_even_by_steps_far_too_long(tokenizer: ReVQTokeni
 
 def test_no_steps_give_the_nearest_codes(tokenizer: ReVQTokenizer, images: Tensor) -> None:
     coordinates = tokenizer.transform(tokenizer.vae.encode(images))
-    assert torch.equal(refine_tokens(tokenizer, images, coordinates, 0), tokenizer.encode(images))
+    assert torch.equal(refine_tokens(tokenizer.quantizer, decoding(tokenizer), images, coordinates, 0), tokenizer.encode(images))
 
 
 def test_the_gradient_is_that_of_the_decoded_picture(tokenizer: ReVQTokenizer, images: Tensor) -> None:
     indices = tokenizer.encode(images[:1])
-    error, gradient = refine._error_and_gradient(tokenizer, images[:1], indices)
+    error, gradient = refine._error_and_gradient(tokenizer.quantizer, decoding(tokenizer), images[:1], indices)
     assert torch.allclose(error, errors(tokenizer, images[:1], indices), rtol=1e-5)
     direction = gradient / gradient.norm()
     codes = tokenizer.quantizer.decode(indices)

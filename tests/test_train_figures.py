@@ -31,8 +31,8 @@ def shown_at(step: int, events: list[Event]) -> dict[str, float]:
 def test_losses_are_means_of_the_last_steps_codebooks_and_rectifier_apart(
     small_store: Path, small_codebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken, step = [0.0], stage._step
-    monkeypatch.setattr(stage, "_step", lambda *parts: taken.append(float(step(*parts))))
+    taken, step = [0.0], stage.train_step
+    monkeypatch.setattr(stage, "train_step", lambda *parts: taken.append(float(step(*parts).sum())))
     events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", steps=60)))
     for first, last in ((16, 25), (26, 30), (31, 45), (46, 50), (51, 60)):  # between log points (each 25 steps) and evaluations (each 15)
         shown = shown_at(last, events)
@@ -145,7 +145,7 @@ def test_previewed_db_are_those_of_the_pictures_of_both_latents(small_store: Pat
     ready = prepared(small_store, small_codebooks, tmp_path, previews=3)
     with torch.no_grad():
         ready.state.ema.conv_out.bias.add_(0.1)  # a rectifier that changes something
-    figures, picture = preview(ready.inputs, ready.state, ready.run.val, 3)
+    figures, picture = preview(ready.run, ready.state, 3)
     vae, transform = ready.inputs.vae, ready.inputs.transform
     latents = torch.from_numpy(LatentStore.open(small_store)["val"].latents[:3]).float()
     quantized = transform.from_coordinates(ready.state.quantizer.decode(ready.state.quantizer.encode(transform(latents)))).detach()

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ...errors import TokenizerError, VAEError
-from ...models.refine import refine_tokens
 from ...models.tokenizer import ReVQTokenizer
 from .metrics import ROWS, to_signed, to_uint8
 from .networks import full_float32, images_at_once
@@ -73,7 +72,7 @@ def _reconstruct(tokenizer: ReVQTokenizer, originals: Tensor, keys: Sequence[str
         started = _now(device)
         images = to_signed(originals)
         latents = tokenizer.vae.encode(images)
-        indices = refine_tokens(tokenizer, images, tokenizer.transform(latents.float()), refine)
+        indices = tokenizer.tokens_of(images, latents.float(), refine=refine)
         encoded = _now(device)
         approximate = {"rectified": tokenizer.decode_latents(indices, rectify=True)}
         pictures = _decode(tokenizer, approximate["rectified"], bf16)

@@ -53,7 +53,9 @@ def try_decoder_step(network: RectifierNetwork, pixel_loss: PixelLoss, state: Tr
     """
     if all(ranks.gather(_fits(network, pixel_loss, state, batch))):
         return
-    mend = f"give --micro-batch {len(batch) // 2}, whose result is the same up to rounding" if len(batch) > 1 else "give another --device"
+    mend = f"give --micro-batch {len(batch) // 2}, whose result is the same up to rounding"
+    if len(batch) == 1:
+        mend = "free it of other work, or give another --device: the same folder takes it"
     raise TrainingError(f"the decoder phase does not fit in the memory of {batch.device} with {len(batch)} latents at once; {mend}")
 
 
