@@ -40,8 +40,9 @@ def hashes_of(tmp_path_factory: pytest.TempPathFactory, imagenet_sample: Path, i
         if (threads, two_ranks) not in made:
             folder = tmp_path_factory.mktemp("repeats")
             numbers = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
-            # Without MKL_DYNAMIC=FALSE torch takes no more threads than there are cores.
-            environment = {**os.environ, **numbers, "MKL_DYNAMIC": "FALSE", "TORCH_HOME": str(folder), "GLOO_SOCKET_IFNAME": "lo"}
+            # Without MKL_DYNAMIC=FALSE torch takes no more threads than there are cores; more of them than cores must not wait by spinning.
+            numbers |= {"MKL_DYNAMIC": "FALSE", "OMP_WAIT_POLICY": "passive"}
+            environment = {**os.environ, **numbers, "TORCH_HOME": str(folder), "GLOO_SOCKET_IFNAME": "lo"}
             command = [sys.executable, *(TORCHRUN if two_ranks else []), str(PROCESS), str(imagenet_sample), str(inception), str(folder)]
             done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
             assert done.returncode == 0, done.stderr
