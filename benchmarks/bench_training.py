@@ -300,7 +300,7 @@ def paper_rows(folder: Path, device: torch.device, args: argparse.Namespace) -> 
 
 
 def gradient_rows(device: torch.device, args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Looking codes up and back as the quantizer does it, against plain indexing, whose gradient on a CPU is a sum in whichever order threads come."""
+    """Looking codes up and back as the quantizer does it, against plain indexing, whose gradient a CPU sums in whichever order threads come."""
     quantizer = MultiGroupQuantizer(torch.randn(512, args.codes, 4)).to(device)
     indices = torch.randint(args.codes, (args.batch, 512), device=device)
     tokens = torch.arange(512, device=device)
