@@ -79,5 +79,5 @@ def test_two_ranks_of_two_threads_give_the_store_and_codebooks_of_one_process_of
 
 def test_two_ranks_train_to_the_same_bytes_each_time_and_when_stopped_and_resumed(hashes_of: Callable[..., Hashes]) -> None:
     trained = {stage: repeats for stage, repeats in hashes_of(2, two_ranks=True).items() if stage.startswith("train-rectifier")}
-    assert len(trained) == 6
+    assert [len(repeats) for repeats in trained.values()] == [3]
     assert {stage for stage, repeats in trained.items() if len(set(repeats)) > 1} == set()
