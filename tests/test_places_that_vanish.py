@@ -10,8 +10,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +59,7 @@ def put_back(place: Path) -> None:
     place.with_suffix(".away").rename(place)
 
 
-def encode(images: Path | str, store: Path, taef2: str, at_half: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def encode(images: Path | str, store: Path, taef2: str, at_half: Callable[[], object] = lambda: None) -> dict[str, Any]:
     """Encode in shards of four; `at_half` is called when 10 images are done, with at most as many read ahead."""
     settings = {"image_size": 64, "shard_rows": 4, "batch_size": 2, "workers": 2, "device": "cpu"}
     for event in encode_latents(EncodeLatentsConfig(images=str(images), store=str(store), vae=taef2, **settings)):
@@ -237,3 +240,52 @@ def test_a_server_that_refuses_in_the_middle_stops_the_run_and_it_goes_on_when_i
     encode(f"{bucket}/i/{kind}", tmp_path / "whole", taef2)
     assert contents(tmp_path / "whole") == contents(tmp_path / "s")
     assert LatentStore.open(tmp_path / "s")["train"].images == 20
+
+
+@contextmanager
+def served(file: Path, port: int = 0) -> Iterator[ThreadingHTTPServer]:
+    """A file behind HTTP, by ranges, until the block ends or the server is closed."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self.answer(with_body=True)
+
+        def answer(self, *, with_body: bool) -> None:
+            data = file.read_bytes()
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            part = data[int(wanted[1]) : int(wanted[2]) + 1] if wanted else data
+            self.send_response(206 if wanted else 200)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(len(part)))
+            if wanted:
+                self.send_header("Content-Range", f"bytes {wanted[1]}-{wanted[2]}/{len(data)}")
+            self.end_headers()
+            if with_body:
+                self.wfile.write(part)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_a_server_that_is_gone_in_the_middle_stops_the_run_after_a_few_attempts(imagenet_sample: Path, taef2: str, tmp_path: Path) -> None:
+    folders = photographs(tmp_path / "folders", imagenet_sample, 30)
+    file = archives.write_tar(tmp_path / "x.tar", archives.files_of(folders))
+    with served(file) as server:
+        port = server.server_port
+        url = f"http://127.0.0.1:{port}/x.tar"
+        with pytest.raises(ImageError, match=rf"{url} cannot be read after 4 attempts .*give the same command again to go on"):
+            encode(url, tmp_path / "s", taef2, lambda: (server.shutdown(), server.server_close()))
+    with served(file, port):
+        assert encode(url, tmp_path / "s", taef2)["failed"] == 0
+        encode(url, tmp_path / "whole", taef2)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "s")
