@@ -68,6 +68,8 @@ def _encode_latents(
     views: Annotated[int, _data(help="Rows for each image: the centre crop, then random crops.")] = 1,
     dtype: Annotated[str, _data(help="float16 or float32.")] = "float16",
     limit: Limit = None,
+    new_classes: Annotated[str, _data(help="Classes that no other split has: append or refuse.")] = "append",
+    max_failed: Annotated[float, _data(help="Share of unreadable images, above ten, that ends the run.")] = 0.01,
     strict: Annotated[bool, _data("--strict", help="Stop at an unreadable image instead of noting it.")] = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, _data("--dry-run", help="Check and count only; write nothing.")] = False,
@@ -88,7 +90,8 @@ def _encode_latents(
 
         config = EncodeLatentsConfig(
             images=images, store=store, vae=vae, split=split, image_size=image_size, batch_size=batch_size, workers=workers, dtype=dtype,
-            views=views, seed=seed, device=device, limit=limit, strict=strict, overwrite=overwrite, dry_run=dry_run, shard_rows=shard_rows,
+            views=views, seed=seed, device=device, limit=limit, new_classes=new_classes, max_failed=max_failed, strict=strict,
+            overwrite=overwrite, dry_run=dry_run, shard_rows=shard_rows,
         )  # fmt: skip
         return encode_latents(config)
 
