@@ -101,7 +101,9 @@ def svg(chart: Chart) -> str:
         figure = _figure([chart])
         _draw(figure, chart)
         text = _saved(figure, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))).decode()
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>| xmlns:xlink=\"[^\"]*\"|font-family: [^;\"]*;? ?", "", text[text.index("<svg") :], flags=re.S)
+    text = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>| xmlns:xlink=\"[^\"]*\"|font-family: [^;\"]*;? ?", "", text[text.index("<svg") :], flags=re.S
+    )
     text = text.replace("xlink:href", "href")
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
@@ -152,7 +154,7 @@ def _draw(figure: FigureBase, chart: Chart) -> None:
         colour = _LINES[mark.colour]
         face = colour if mark.filled else _PAPER
         axes.plot(*mark.point, "o", color=colour, markerfacecolor=face, markeredgewidth=1.8, label=mark.name, zorder=3)
-    axes.ticklabel_format(style="plain", useOffset=False)
+    axes.ticklabel_format(useOffset=False)
     if chart.zero:
         axes.set_ylim(bottom=0)
     figure.legend(loc="outside lower left")

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from .tables import NOT_COMPARABLE, class_table, facts, headline_table, notes, provenance, shares, speed, subtitle, tolerance_table, usage_table, verdict
+from .tables import (
+    NOT_COMPARABLE,
+    class_table,
+    facts,
+    headline_table,
+    notes,
+    provenance,
+    shares,
+    speed,
+    subtitle,
+    tolerance_table,
+    usage_table,
+    verdict,
+)
 
 
 def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
