@@ -15,7 +15,9 @@ from ..lock import naming_writer, writer_of
 from ..stages import ranks
 from ..stages.events import Event, Note, Result
 from ..stages.output_folder import note_on_writer, output_folder
-from .report import COLUMNS, METRICS_NAME, headline_table, markdown_table, metric_text, number
+from .reporting.html import comparison_page
+from .reporting.markdown import markdown_table
+from .reporting.tables import COLUMNS, METRICS_NAME, headline_table, metric_text, number
 
 COMPARISON_KIND = "revq-comparison"
 _ALIKE = {
@@ -130,8 +132,6 @@ def _values(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(out: Path, table: Sequence[Sequence[str]], differences: Sequence[str]) -> Path:
     """compare.md and compare.html in `out`; returns the path of the latter."""
-    from .page import comparison_page
-
     lines = ["# Tokenizers compared", "", *markdown_table(table), "", *(f"- {text}" for text in differences)]
     write_bytes(out / "compare.md", ("\n".join(lines).rstrip() + "\n").encode())
     write_bytes(out / "compare.html", comparison_page(table, differences).encode())

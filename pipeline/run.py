@@ -18,7 +18,7 @@ from ..stages.output_folder import output_folder
 from ..stages.train_rectifier import train_rectifier
 from .config import Plan
 from .preflight import check_plan
-from .report import write_report
+from .reporting.report import write_report
 
 RUN_KIND = "revq-run"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from revq.pipeline.report import write_report
+from revq.pipeline.reporting.report import write_report
 from revq.stages.configs import EvaluateConfig
 from revq.stages.evaluate import evaluate
 from revq.stages.events import run_quietly

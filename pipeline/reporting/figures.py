@@ -11,6 +11,16 @@ _CURVES = {"psnr_db": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS-Alex", "
 _NOISE = "size of the noise, in deviations of the latent"
 
 
+def report_charts(metrics: Mapping[str, Any]) -> dict[str, list[Chart]]:
+    """The charts of each section that has any, by the name of its PNG."""
+    charts = {
+        "tolerance": tolerance_charts(metrics.get("tolerance")),
+        "codebooks": codebook_charts(metrics),
+        "training": training_charts(metrics.get("training")),
+    }
+    return {name: drawn for name, drawn in charts.items() if drawn}
+
+
 def tolerance_charts(tolerance: Mapping[str, Any] | None) -> list[Chart]:
     """One chart for each metric that was measured: isotropic noise, noise in the decoder's metric, and the tokenizer's own errors."""
     if not tolerance:

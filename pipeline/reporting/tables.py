@@ -1,26 +1,11 @@
-"""What a person reads of an evaluation: report.html (one self-contained file), report.md and tolerance.png, made from a finished evaluation folder.
-
-The stage writes metrics.json and the sheets of pictures; everything here is drawn from those, so a report can be made again at any time.
-"""
+"""The texts and tables of a report: rows of strings, the heading first, that Markdown and HTML lay out alike."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image
-
-from ..errors import OutputError
-from ..files import read_json, write_bytes
-from .charts import png
-from .figures import tolerance_charts
-
 METRICS_NAME = "metrics.json"
-GRID_NAME = "reconstructions.png"
-EXTREMES_NAME = "extremes.png"
-TOLERANCE_NAME = "tolerance.png"
-REPORT_NAME = "report.html"
 COLUMNS = ("rfid", "psnr_db", "ssim", "lpips_alex", "lpips_vgg", "inception_score")
 _ALWAYS = ("rfid", "psnr_db", "ssim", "lpips_alex")
 _TITLES = {
@@ -32,31 +17,6 @@ _TITLES = {
 }
 _FAILED_SHOWN = 20
 NOT_COMPARABLE = "not comparable to published numbers"
-
-
-def write_report(directory: Path | str) -> Path:
-    """Write report.md, report.html and tolerance.png into a finished evaluation folder, over those of an earlier time.
-
-    Returns:
-        The path of report.html.
-
-    Raises:
-        OutputError: `directory` holds no finished evaluation, or cannot be written.
-    """
-    from .page import html_report
-
-    directory = Path(directory)
-    metrics = read_json(directory / METRICS_NAME)
-    if metrics is None or not (directory / GRID_NAME).is_file():
-        raise OutputError(f"{directory} holds no finished evaluation: it needs {METRICS_NAME} and {GRID_NAME}; give the evaluate command first")
-    tiles = _tiles(directory / GRID_NAME, metrics["pictures"])
-    extremes = _tiles(directory / EXTREMES_NAME, metrics["extremes"]) if metrics.get("extremes") else []
-    charts = tolerance_charts(metrics.get("tolerance"))
-    if charts:
-        write_bytes(directory / TOLERANCE_NAME, png(charts))
-    write_bytes(directory / "report.md", markdown_report(metrics).encode())
-    write_bytes(directory / REPORT_NAME, html_report(metrics, tiles, extremes).encode())
-    return directory / REPORT_NAME
 
 
 def shown_columns(metrics: Mapping[str, Any]) -> list[str]:
@@ -92,20 +52,6 @@ def verdict(metrics: Mapping[str, Any]) -> str:
         return f"Quantization costs nothing here: {-lost:.2f} dB above the VAE alone."
     change = f"wins back {won:.2f} dB of it ({won / lost:.0%})" if won >= 0 else f"loses another {-won:.2f} dB"
     return f"Quantization costs {lost:.2f} dB against the VAE alone; the rectifier {change}."
-
-
-def cut_tiles(grid: Image.Image, layout: Mapping[str, Any]) -> list[list[Image.Image]]:
-    """The pictures of a sheet at their own size: one list for each image, in the order of the columns."""
-    tile, side = layout["tile_px"], layout["tile_px"] // layout["scale"]
-    return [
-        [grid.crop((left, top, left + tile, top + tile)).resize((side, side), Image.Resampling.NEAREST) for left in layout["left"]]
-        for top in layout["top"]
-    ]
-
-
-def _tiles(path: Path, layout: Mapping[str, Any]) -> list[list[Image.Image]]:
-    with Image.open(path) as grid:
-        return cut_tiles(grid, layout)
 
 
 def title(metrics: Mapping[str, Any]) -> str:
@@ -190,13 +136,6 @@ def _plain(value: Any) -> str:
     return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
-def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table whose first column is text and the others numbers."""
-    rule = "|" + "---|" + "---:|" * (len(table[0]) - 1)
-    lines = ["| " + " | ".join(row) + " |" for row in table]
-    return [lines[0], rule, *lines[1:]]
-
-
 def tolerance_table(tolerance: Mapping[str, Any]) -> list[list[str]]:
     """Noise against what it does, both kinds, then the tokenizer's own errors at their size in either measure."""
     titles = {"psnr_db": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS-Alex", "rfid": f"rFID@{tolerance['images']}"}
@@ -234,28 +173,3 @@ def usage_table(usage: Mapping[str, Any]) -> list[list[str]]:
         ["codes used at least once", *(f"{usage['usage'][key]:.1%}" for key in keys)],
         ["perplexity", *(f"{usage['perplexity'][key]:,.1f}" for key in keys)],
     ]
-
-
-def markdown_report(metrics: Mapping[str, Any]) -> str:
-    """The report for a terminal or a repository."""
-    lines = ["# Evaluation of a ReVQ tokenizer", "", subtitle(metrics), "", *markdown_table(headline_table(metrics)), "", verdict(metrics), ""]
-    if metrics.get("rfid_label") != "rFID":
-        lines += [f"{metrics.get('rfid_label') or 'rFID'} is {NOT_COMPARABLE}.", ""]
-    lines += [f"- {name}: {value}" for name, value in facts(metrics)]
-    if shares(metrics):
-        lines.append("- loss won back by the rectifier: " + ", ".join(f"{name} {share}" for name, share in shares(metrics)))
-    if speed(metrics):
-        lines.append(f"- speed: {speed(metrics)}")
-    lines += ["", "![original, vae, quantized, rectified](reconstructions.png)", ""]
-    if metrics.get("extremes"):
-        lines += ["## Worst and best images", "", "![the worst images, then the best](extremes.png)", ""]
-    if metrics.get("tolerance"):
-        lines += ["## Tolerance of the decoder", "", "![quality against noise on the latents](tolerance.png)", ""]
-        lines += [*markdown_table(tolerance_table(metrics["tolerance"])), ""]
-    lines += ["## Codebook usage", "", *markdown_table(usage_table(metrics["codebook_usage"])), ""]
-    if metrics.get("classes"):
-        lines += ["## Classes: the worst, then the best", "", *markdown_table(class_table(metrics["classes"])), ""]
-    if metrics["notes"]:
-        lines += ["## Notes", "", *(f"- **{name}**: {text}" for name, text in notes(metrics)), ""]
-    lines += ["## Provenance", "", *(f"- {name}: {value}" for name, value in provenance(metrics)), ""]
-    return "\n".join(lines)
