@@ -127,10 +127,18 @@ def _list_images(root: Place, skipped: Skipped) -> tuple[pa.LargeBinaryArray, in
     if not flat and not nested:
         wanted = f"expected files ending in {' '.join(sorted(IMAGE_SUFFIXES))}"
         raise ImageError(
-            f"image folder {root} holds no image: {wanted}, found {skipped}" if skipped else f"image folder {root} holds no file; {wanted}"
+            f"image folder {root} holds no image: {wanted}, found {skipped}{_where_archives_are(root, skipped)}"
+            if skipped
+            else f"image folder {root} holds no file; {wanted}"
         )
     nested.sort(key=lambda path: (path.partition(b"/")[0], path))
     return name_column(nested or sorted(flat)), broken
+
+
+def _where_archives_are(root: Place, skipped: Skipped) -> str:
+    """Advice for a folder around folders of archives, as the hub's data sets have them."""
+    first = next((name for suffix in (".parquet", ".tar") if (name := skipped.first(suffix))), "")
+    return f"; give the folder of its archives, {root.inside(os.path.dirname(first))}" if first else ""
 
 
 def skip_empty_folders(skipped: Skipped, folders: Iterable[bytes], classes: Iterable[bytes]) -> None:
