@@ -140,7 +140,7 @@ def _check_numbers(name: str, parts: Sequence[_Part]) -> None:
     start = 1 if count in numbers and 0 not in numbers else 0
     missing = [number for number in range(start, start + count) if number not in numbers]
     if missing:
-        lost = f"{first.head}{missing[0]:0{len(first.number)}d}{first.of}{_shared_tag(parts) or '-*' * bool(first.tag)}{first.end}"
+        lost = f"{first.head}{missing[0]:0{len(first.number)}d}{first.of}{first.tag and first.tag[0] + '*'}{first.end}"
         raise ImageError(
             f"{len(missing)} of the {count} parts of {name} are not there, the first is {lost}; fetch them, or name in braces those that you want"
         )
