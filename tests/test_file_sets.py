@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import archives
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -133,13 +132,9 @@ SEVERAL = [
 
 @pytest.mark.parametrize("case", SEVERAL, ids=lambda case: case.id)
 def test_several_sets_are_refused_and_what_the_message_proposes_takes_exactly_one(tmp_path: Path, case: Mixed) -> None:
-    folder: Path | str = write(tmp_path / case.folder, case.first + case.others)
-    if case.remote:
-        for path in Path(folder).iterdir():
-            fsspec.filesystem("memory").pipe_file(str(path), path.read_bytes())
-        folder = f"memory://{folder}"
+    folder = write(tmp_path / case.folder, case.first + case.others)
     with pytest.raises(ImageError, match=case.message) as caught:
-        open_source(folder)
+        open_source(f"memory://{archives.to_memory(folder)}" if case.remote else folder)
     assert files_read(open_source(pasted(str(caught.value)))) == case.first
 
 
