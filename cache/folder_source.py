@@ -127,7 +127,7 @@ def _list_images(root: Place, skipped: Skipped) -> tuple[pa.LargeBinaryArray, in
     if not flat and not nested:
         wanted = f"expected files ending in {' '.join(sorted(IMAGE_SUFFIXES))}"
         raise ImageError(
-            f"image folder {root} holds no image: {wanted}, found {skipped}{_where_archives_are(root, skipped)}"
+            f"image folder {root} holds no image: {wanted}, found {skipped}{_where_images_are(root, skipped)}"
             if skipped
             else f"image folder {root} holds no file; {wanted}"
         )
@@ -135,8 +135,10 @@ def _list_images(root: Place, skipped: Skipped) -> tuple[pa.LargeBinaryArray, in
     return name_column(nested or sorted(flat)), broken
 
 
-def _where_archives_are(root: Place, skipped: Skipped) -> str:
-    """Advice for a folder around folders of archives, as the hub's data sets have them."""
+def _where_images_are(root: Place, skipped: Skipped) -> str:
+    """Advice for a folder around folders of archives, as the hub's data sets have them, and for names that fsspec does not find."""
+    if root.around[0].endswith("tar://"):
+        return "; of names that begin with / or hold .. tar:// finds none: give the plain .tar itself"
     first = next((name for suffix in (".parquet", ".tar") if (name := skipped.first(suffix))), "")
     return f"; give the folder of its archives, {root.inside(os.path.dirname(first))}" if first else ""
 

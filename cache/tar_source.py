@@ -25,7 +25,7 @@ from ..errors import ImageError
 from .folder_source import IMAGE_SUFFIXES, is_image, mixed_message, skip_empty_folders, splits_among, what_it_is
 from .imagenet_devkit import DEVKIT_NAME, is_val_name, val_labels
 from .items import ImageItem, ItemColumns, classes_of, iterate, name_column, printable
-from .places import FILE, REMOTE_THREADS, OpenFiles, Place, RandomFile
+from .places import FILE, REMOTE_THREADS, OpenFiles, Place, RandomFile, place_of
 from .skipped import BROKEN_LINK, SPECIAL, Skipped
 from .tar_index import BLOCK, Member, TarWalk
 
@@ -293,8 +293,17 @@ def _plain_tar(place: Place, listing: _Listing) -> TarSource:
 def _refuse_splits(place: Place, around: bytes, splits: Sequence[bytes]) -> None:
     """Raises ImageError where top-level folders are splits of a data set."""
     if splits:
-        told, first = ", ".join(f"{printable(name)}/" for name in splits), printable(around + splits[0])
-        raise ImageError(f"{place} holds the splits {told}, which would be taken for classes; give one of them, such as tar://{first}::{place}")
+        told, url = ", ".join(f"{printable(name)}/" for name in splits), f"tar://{printable(around + splits[0])}::{place}"
+        advice = f"give one of them, such as {url}" if _holds_an_image(url) else "unpack it and give one of them"
+        raise ImageError(f"{place} holds the splits {told}, which would be taken for classes; {advice}")
+
+
+def _holds_an_image(url: str) -> bool:
+    """fsspec does not find names that begin with a slash."""
+    try:
+        return any(is_image(path) for path, _ in place_of(url).walk())
+    except (ImageError, OSError):
+        return False
 
 
 def _val_tar(place: Place, members: pa.Table, skipped: Skipped) -> TarSource:
