@@ -16,8 +16,8 @@ from .file_sets import check_one_set, glob_for
 from .folder_source import FolderSource, check_folder, is_image, suffix_of, what_it_is
 from .items import ImageItem, order_sha256
 from .patterns import expand, has_glob, is_pattern
-from .places import FOLDER, Place, place_of
-from .skipped import Skipped
+from .places import FILE, FOLDER, Place, place_of
+from .skipped import BROKEN_LINK, Skipped
 from .tar_index import compressed_message
 
 __all__ = ["FolderSource", "ImageItem", "ImageSource", "open_source", "order_sha256"]
@@ -132,10 +132,10 @@ def _archives_in(folder: Place) -> tuple[list[Place], Skipped]:
         path = os.fsencode(name) + b"/" * (kind == FOLDER)
         if skipped.set_aside(path):
             continue
-        if kind != FOLDER and suffix_of(name) in _ARCHIVES:
+        if kind in {FILE, BROKEN_LINK} and suffix_of(name) in _ARCHIVES:
             names.append(name)
         else:
-            skipped.add("folder" if kind == FOLDER else what_it_is(path), path)
+            skipped.add(what_it_is(path) if kind == FILE else kind, path)
     archives = [folder.inside(name) for name in names]
     if not archives:
         return [], skipped

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import archives
 import pytest
 
+from revq.cache.folder_source import IMAGE_SUFFIXES
 from revq.cache.sources import open_source, order_sha256
 from revq.errors import ImageError
 
@@ -150,3 +153,40 @@ def test_of_names_that_a_url_does_not_find_the_plain_tar_is_advised(photos: Path
     splits = [(f"/srv/{split}/{name}", data) for split in ("train", "val") for name, data in archives.files_of(photos)]
     with pytest.raises(ImageError, match=r"would be taken for classes; unpack it and give one of them$"):
         open_source(archives.write_tar(tmp_path / "y.tar", splits))
+
+
+def test_links_in_a_tar_are_the_images_that_they_name_as_in_folders(photos: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(photos, tmp_path / "photos")
+    classes = sorted(root.iterdir())
+    (root / "zoo").mkdir()
+    for i, folder in enumerate(classes):
+        first = min(folder.iterdir()).name
+        (root / "zoo" / f"{i}.JPG").symlink_to(f"../{folder.name}/{first}")
+        (root / "zoo" / f"{i}-hard.jpg").hardlink_to(folder / first)
+        (root / "zoo" / f"{i}-twice.jpg").symlink_to(f"{i}.JPG")
+    subprocess.run(["tar", "-C", str(root), "-cf", str(tmp_path / "x.tar"), "."], check=True)
+    assert_the_same(tmp_path / "x.tar", root)
+    (root / "zoo" / "all").symlink_to(f"../{classes[0].name}")
+    (root / "zoo" / "gone.txt").symlink_to("nowhere")
+    (root / "zoo" / "gone.jpg").symlink_to("nowhere")
+    os.mkfifo(root / "zoo" / "pipe.jpg")
+    subprocess.run(["tar", "-C", str(root), "-cf", str(tmp_path / "x.tar"), "."], check=True)
+    source = open_source(tmp_path / "x.tar")
+    assert source.skipped.counts() == {"broken link": 1, "link to a folder": 1, "no regular file": 1}
+    (gone,) = [i for i, item in enumerate(source.items) if item.key == "zoo/gone.jpg"]
+    with pytest.raises(OSError, match="a link to nothing in the archive"):
+        source.read(gone)
+    assert open_source(root).skipped.counts() == {"broken link": 1, "no regular file": 1}
+
+
+def test_every_suffix_of_an_image_in_either_case_is_read_from_tars_of_every_kind(tmp_path: Path) -> None:
+    names = [f"{i:02d}{suffix.upper() if i % 2 else suffix}" for i, suffix in enumerate(sorted(IMAGE_SUFFIXES))]
+    odd = [("x.heic", b"x"), ("y.AVIF", b"y")]
+    plain = archives.write_tar(tmp_path / "plain.tar", [*((f"ant/{name}", name.encode()) for name in names), *((f"ant/{n}", d) for n, d in odd)])
+    shard = archives.write_tar(tmp_path / "shard.tar", [*((name, name.encode()) for name in names), ("00.cls", b"0"), *odd])
+    inner = archives.tar_bytes([*((name, name.encode()) for name in names), *odd])
+    of_tars = archives.write_tar(tmp_path / "tars.tar", [("ant.tar", inner), ("bee.tar", inner)])
+    for path, times in ((plain, 1), (shard, 1), (of_tars, 2)):
+        source = open_source(path)
+        assert [source.read(i).decode() for i in range(len(source.items))] == names * times
+        assert source.skipped.counts() == {".avif": times, ".heic": times}
