@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,3 +164,18 @@ def test_a_folder_around_a_folder_of_archives_is_told_which_to_give(tmp_path: Pa
     with pytest.raises(ImageError, match=r"holds no image: .* found 3 \.parquet \(.*1 \.md") as caught:
         open_source(tmp_path)
     assert files_read(open_source(str(caught.value).rpartition("archives, ")[2])) == names
+
+
+def test_linked_archives_are_read_and_what_is_no_file_is_counted(tmp_path: Path) -> None:
+    names = write(tmp_path / "far", ["t-0.tar", "t-1.tar", "p-0.parquet", "p-1.parquet"])
+    for kind in ("tar", "parquet"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        for path in names.glob(f"*.{kind}"):
+            (folder / path.name).symlink_to(path)
+        os.mkfifo(folder / f"pipe.{kind}")
+        pipe = os.open(folder / f"pipe.{kind}", os.O_RDWR)  # so that whoever opens it does not wait for ever
+        source = open_source(folder)
+        os.close(pipe)
+        assert files_read(source) == [f"{kind[0]}-0.{kind}", f"{kind[0]}-1.{kind}"]
+        assert source.skipped.counts() == {"no regular file": 1}
