@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -294,7 +295,7 @@ def _refuse_splits(place: Place, around: bytes, splits: Sequence[bytes]) -> None
     """Raises ImageError where top-level folders are splits of a data set."""
     if splits:
         told, url = ", ".join(f"{printable(name)}/" for name in splits), f"tar://{printable(around + splits[0])}::{place}"
-        advice = f"give one of them, such as {url}" if _holds_an_image(url) else "unpack it and give one of them"
+        advice = f"give one of them, such as {shlex.quote(url)}" if _holds_an_image(url) else "unpack it and give one of them"
         raise ImageError(f"{place} holds the splits {told}, which would be taken for classes; {advice}")
 
 

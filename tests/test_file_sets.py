@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,9 +38,9 @@ def files_read(source: ImageSource) -> list[str]:
     return [source.read(i).decode() for i in range(len(source.items))]
 
 
-def pasted(message: str) -> str:
+def pasted(message: str, after: str = "such as ") -> str:
     """What a shell hands to revq where the user pastes the advice."""
-    advice = message.partition("such as ")[2]
+    advice = message.rpartition(after)[2]
     (word,) = subprocess.run(["sh", "-c", f"printf '%s\\n' {advice}"], capture_output=True, text=True, check=True).stdout.splitlines()
     return word
 
@@ -163,7 +164,24 @@ def test_a_folder_around_a_folder_of_archives_is_told_which_to_give(tmp_path: Pa
     write(tmp_path, [*names, "README.md"])
     with pytest.raises(ImageError, match=r"holds no image: .* found 3 \.parquet \(.*1 \.md") as caught:
         open_source(tmp_path)
-    assert files_read(open_source(str(caught.value).rpartition("archives, ")[2])) == names
+    assert files_read(open_source(pasted(str(caught.value), "archives, "))) == names
+
+
+@pytest.mark.parametrize("folder", ["plain", "it's odd"])
+def test_folders_and_urls_that_a_message_names_can_be_pasted_and_are_right(tmp_path: Path, folder: str) -> None:
+    """A zip, splits in a folder and in a tar, and one folder around the classes."""
+    names = ["ant/1.jpg", "bee/2.jpg"]
+    root = write(tmp_path / folder, [f"train/{name}" for name in names] + ["val/ant/3.jpg"])
+    zipped = shutil.make_archive(str(tmp_path / f"{folder} zip"), "zip", root / "train")
+    tarred = archives.write_tar(tmp_path / f"{folder}.tar", [(f"{split}/{name}", name.encode()) for split in ("train", "val") for name in names])
+    for spec, after in ((zipped, "is a zip; give "), (str(root), "such as "), (str(tarred), "such as ")):
+        with pytest.raises(ImageError) as caught:
+            open_source(spec)
+        source = open_source(pasted(str(caught.value), after))
+        assert [(item.key, item.label) for item in source.items] == [(names[0], 0), (names[1], 1)]
+    around = write(tmp_path / f"{folder} around", [f"all/{name}" for name in names])
+    note = open_source(around).notes[0]
+    assert [(item.key, item.label) for item in open_source(pasted(note, "class folders, give ")).items] == [(names[0], 0), (names[1], 1)]
 
 
 def test_linked_archives_are_read_and_what_is_no_file_is_counted(tmp_path: Path) -> None:
