@@ -13,9 +13,12 @@ from pathlib import Path
 import archives
 import pytest
 
+from revq.cache import LatentStore
 from revq.cache.images import read_ahead
 from revq.cache.sources import ImageSource, open_source
 from revq.errors import ImageError
+from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
+from revq.stages.events import run_quietly
 
 REPEATS = 4
 Way = Callable[[Path, Path], object]
@@ -100,3 +103,16 @@ def test_every_way_gives_the_same_labels_and_bytes_at_1_2_and_8_workers(
     assert source.notes == ()
     for workers in [1, 2, 8] * REPEATS:
         assert rows(source, workers) == truth
+
+
+@pytest.mark.parametrize("way", ["tar:// of .tar.gz", "Parquet"])
+def test_a_store_records_the_same_rows_labels_and_bytes_at_8_workers(
+    way: str, folders: Path, truth: list[tuple[int, str]], taef2: str, tmp_path: Path
+) -> None:
+    settings = {"image_size": 64, "batch_size": 20, "device": "cpu", "workers": 8}
+    run_quietly(encode_latents(EncodeLatentsConfig(images=str(WAYS[way](tmp_path, folders)), store=str(tmp_path / "s"), vae=taef2, **settings)))
+    split = LatentStore.open(tmp_path / "s")["train"]
+    table = split.manifest()
+    assert list(zip(table["label"].to_pylist(), table["sha256"].to_pylist(), strict=True)) == truth
+    assert split.labels.tolist() == [label for label, _ in truth]
+    assert split.ok.all()
