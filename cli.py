@@ -68,6 +68,8 @@ def _encode_latents(
     views: Annotated[int, _data(help="Rows for each image: the centre crop, then random crops.")] = 1,
     dtype: Annotated[str, _data(help="float16 or float32.")] = "float16",
     limit: Limit = None,
+    new_classes: Annotated[str, _data(help="Classes that no other split has: append or refuse.")] = "append",
+    max_failed: Annotated[float, _data(help="Share of unreadable images, above ten, that ends the run.")] = 0.01,
     strict: Annotated[bool, _data("--strict", help="Stop at an unreadable image instead of noting it.")] = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, _data("--dry-run", help="Check and count only; write nothing.")] = False,
@@ -88,7 +90,8 @@ def _encode_latents(
 
         config = EncodeLatentsConfig(
             images=images, store=store, vae=vae, split=split, image_size=image_size, batch_size=batch_size, workers=workers, dtype=dtype,
-            views=views, seed=seed, device=device, limit=limit, strict=strict, overwrite=overwrite, dry_run=dry_run, shard_rows=shard_rows,
+            views=views, seed=seed, device=device, limit=limit, new_classes=new_classes, max_failed=max_failed, strict=strict,
+            overwrite=overwrite, dry_run=dry_run, shard_rows=shard_rows,
         )  # fmt: skip
         return encode_latents(config)
 
@@ -107,7 +110,9 @@ def _fit_codebooks(
     max_samples: Annotated[int | None, _method(help="Fit on at most so many latents.", show_default="all")] = None,
     rectifier_share: Annotated[float, _advanced(help="Share of the images kept for train-rectifier; for small data sets.")] = 0.0,
     calibration_samples: Annotated[int, _advanced(help="Products through the decoder for --transform decoder.")] = 2048,
-    backend: Annotated[str, _machine(help="k-means: faiss, torch, or auto: torch, but faiss on a CPU without Numba.")] = "auto",
+    backend: Annotated[
+        str, _machine(help="k-means: faiss, torch, or auto: faiss on a GPU with faiss-gpu and on a CPU without Numba, else torch.")
+    ] = "auto",
     vae: OtherVAE = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
@@ -259,7 +264,7 @@ def _compare(
 @app.command("run")
 def _run(
     config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="TOML file with the settings of every stage.", show_default=False)] = None,
-    preset: Annotated[str | None, typer.Option(help="paper-512, paper-256, revq-512 or demo, instead of CONFIG.")] = None,
+    preset: Annotated[str | None, typer.Option(help="paper-512, paper-256-64k, paper-256-256k, revq-512 or demo, instead of CONFIG.")] = None,
     images: Annotated[str | None, typer.Option(help="Folder of training images.", show_default="as configured")] = None,
     val_images: Annotated[str | None, typer.Option(help="Folder of unseen images.", show_default="as configured")] = None,
     out: Annotated[str | None, typer.Option(help="Folder for everything that is made.", show_default="as configured")] = None,

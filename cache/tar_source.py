@@ -26,6 +26,7 @@ from ..errors import ImageError
 from .folder_source import IMAGE_SUFFIXES, is_image, mixed_message, skip_empty_folders, splits_among, what_it_is
 from .imagenet_devkit import DEVKIT_NAME, is_val_name, val_labels
 from .items import ImageItem, ItemColumns, classes_of, iterate, name_column, printable
+from .place_errors import place_errors
 from .places import FILE, REMOTE_THREADS, OpenFiles, Place, RandomFile, place_of
 from .skipped import BROKEN_LINK, SPECIAL, Skipped
 from .tar_index import BLOCK, Member, TarWalk
@@ -65,7 +66,8 @@ class TarSource:
             raise OSError("a link to nothing in the archive")
         if offset == NO_IMAGE:
             raise OSError(f"the sample has no image: no member KEY{{{','.join(sorted(IMAGE_SUFFIXES))}}}")
-        data = self._files[number].read_at(offset - BLOCK, BLOCK + size)
+        with place_errors(self._files.places[number], archive=True):
+            data = self._files[number].read_at(offset - BLOCK, BLOCK + size)
         if len(data) != BLOCK + size or crc32(data[:BLOCK]) != crc:
             raise ImageError(f"{self._files.places[number]} has changed since it was listed; give the same command again once it is whole")
         return data[BLOCK:]

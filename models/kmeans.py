@@ -26,22 +26,23 @@ _FIXED_POINT = 2.0**36
 
 
 def pick_backend(name: str, device: torch.device) -> str:
-    """ "faiss" or "torch" for what was asked: "auto" takes FAISS on a CPU where it is installed and Numba is not, else torch.
+    """ "faiss" or "torch" for what was asked; "auto" is FAISS on a GPU where faiss-gpu is, and on a CPU where Numba is not, else torch.
 
-    With Numba torch is 5.7 times faster than FAISS at the same error (benchmarks/bench_codebooks.py, two cores).
+    On a CPU with Numba torch is 5 times faster than FAISS at the same error (benchmarks/bench_codebooks.py, two cores).
 
     Raises:
         ConfigError: FAISS was asked for and is not installed.
     """
-    if name == "torch" or (name == "auto" and (device.type != "cpu" or importlib.util.find_spec("numba"))):
+    if name == "torch":
         return "torch"
     try:
-        import faiss  # noqa: F401
+        serves = faiss_uses(device)
     except ImportError as error:
         if name == "auto":
             return "torch"
         raise ConfigError("FAISS is not installed; install revq[cpu] (faiss-cpu) or revq[gpu] (faiss-gpu), or pass --backend torch") from error
-    return "faiss"
+    searched_in_boxes = device.type == "cpu" and importlib.util.find_spec("numba") is not None
+    return "faiss" if name == "faiss" or (serves and not searched_in_boxes) else "torch"
 
 
 def faiss_uses(device: torch.device) -> bool:

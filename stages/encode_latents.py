@@ -16,19 +16,20 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..cache.classes import Numbering, classes_in, number_in_store
 from ..cache.images import Pixels, UnreadableImage, View, load_views, read_ahead
-from ..cache.manifest import FAILED, OK, ManifestRow, first_failure
+from ..cache.manifest import FAILED, OK, ManifestRow, failures
 from ..cache.precision import ENOUGH_ROWS, RoundingTally
 from ..cache.sources import ImageSource, open_source, order_sha256
 from ..cache.store import Encoding, LatentStore, manifest_key
@@ -41,6 +42,7 @@ from . import ranks
 from .events import Advance, Begin, Event, Note, Result
 
 _WARNINGS_IN_FULL = 5
+_ALWAYS_ALLOWED = 10  # failed images, where max_failed is not 0: in a small folder every single one is more than a percent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,11 @@ class EncodeLatentsConfig:
     """"auto", "cpu", "cuda", "cuda:1" or "mps"."""
     limit: int | None = None
     """Take the first so many images; None means all."""
+    new_classes: str = "append"
+    """Where the store has other splits, classes that are in none of them: "append" numbers them and says so, "refuse" is an error. A new number
+    changes none that is there, and held-out sets with classes of their own are common; so they are appended unless asked otherwise."""
+    max_failed: float = 0.01
+    """Share of images that may be unreadable; beyond it, and beyond ten images unless it is 0, the run ends without completing the split."""
     strict: bool = False
     """Stop at the first image that cannot be read, instead of recording it and going on."""
     overwrite: bool = False
@@ -87,6 +94,10 @@ class EncodeLatentsConfig:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         if self.dtype not in {"float16", "float32"}:
             raise ConfigError(f"dtype must be float16 or float32, not {self.dtype!r}")
+        if self.new_classes not in {"append", "refuse"}:
+            raise ConfigError(f"new_classes must be append or refuse, not {self.new_classes!r}")
+        if not 0 <= self.max_failed <= 1:
+            raise ConfigError(f"max_failed must be a share from 0 to 1, not {self.max_failed}")
         check_split_name(self.split)
 
 
@@ -102,6 +113,13 @@ class _Job:
     plan: SplitPlan
     rounding: RoundingTally
     """Of the first rows that this process encodes."""
+    numbering: Numbering = field(default_factory=Numbering)
+
+    @property
+    def most_failed(self) -> int:
+        """How many images may be unreadable."""
+        share = self.config.max_failed
+        return max(_ALWAYS_ALLOWED, math.floor(share * self.plan.images + 1e-9)) if share else 0
 
 
 @dataclass(frozen=True)
@@ -120,6 +138,8 @@ class _Progress:
 
     images: int
     """Loaded, those of earlier runs included."""
+    failed: int
+    """Of these."""
     images_this_run: int = 0
     failed_this_run: int = 0
     started: float = field(default_factory=time.perf_counter)
@@ -140,10 +160,10 @@ def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
     """Encode one split; the same call again resumes it.
 
     Raises:
-        ImageError: the source holds no image, or (strict) an image cannot be read.
+        ImageError: the source holds no image, or is gone (see `cache.place_errors`); more images than `max_failed`, or (strict) one, cannot be read.
         VAEError: the VAE cannot be found, or does not encode and decode images of this size.
         StoreError: every image failed, or a latent does not fit the dtype, or its rounding takes more than a percent of what a channel varies.
-        MismatchError: the store or the split belongs to another encoding or run.
+        MismatchError: the store or the split belongs to another encoding or run; or it has classes that `new_classes` refuses.
         OutputError: the store's path holds something else, cannot be written, or is being written by another process.
     """
     pick_device(config.device)  # a wrong name is told before a million images are listed
@@ -154,6 +174,7 @@ def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
     job = _prepare(config, folder, source)
     state = target_state(folder, job.encoding, job.plan, overwrite=config.overwrite)
     if config.dry_run:
+        yield from _tell_classes(_with_classes(job).numbering)
         shape, megabytes = "x".join(map(str, job.encoding.latent_shape)), _latent_bytes(job) / 1e6
         yield Note(text=f"dry run, nothing is written: {job.plan.rows} rows of {shape} {config.dtype} would take {megabytes:.1f} MB uncompressed")
         yield Result(value=_result(job, failed=0, images_per_s=None, already_complete=state == "complete"))
@@ -170,23 +191,47 @@ def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
 
 def _encode_split(job: _Job) -> Generator[Event, None, dict[str, Any]]:
     """What is missing of the split; returns the result's value. Each rank encodes the shards that are its own, rank 0 creates and finishes."""
+    job = _with_classes(job)
+    yield from _tell_classes(job.numbering)
     config, rank = job.config, ranks.rank()
     if rank > 0:
         ranks.barrier()  # rank 0 creates it
     writer = SplitWriter(job.folder, job.encoding, job.plan, overwrite=config.overwrite, rank=rank, ranks=ranks.world_size())
     if rank == 0:
         ranks.barrier()
-    yield from _notes_on_resume(config, writer)
+    failed_before = yield from _resume(job, writer)
     done = writer.rows_done // config.views
     yield Begin(task=ranks.task_of_share(f"encode {config.split}"), total=writer.rows_own // config.views, unit="images", done=done)
-    progress = _Progress(images=done)
+    progress = _Progress(images=done, failed=failed_before)
     yield from _encode_shards(job, writer, progress)
-    counts = ranks.gather((progress.failed_this_run, progress.images_per_s))  # also the point where all ranks have written their shards
-    failed, images_per_s = (sum(values) for values in zip(*counts, strict=True))
-    if failed > _WARNINGS_IN_FULL:
-        yield Note(text=f"{failed} images could not be read; the manifest names each with its reason", warning=True)
+    # Also the point where all ranks have written their shards.
+    counts = ranks.gather((progress.failed_this_run, progress.images_per_s, progress.failed))
+    failed_this_run, images_per_s, failed = (sum(values) for values in zip(*counts, strict=True))
+    if failed_this_run > _WARNINGS_IN_FULL:
+        yield Note(text=f"{failed_this_run} images could not be read; the manifest names each with its reason", warning=True)
+    _refuse_so_many(job, failed)
     attributes = ranks.broadcast(writer.finish() if rank == 0 else None)
     return _result(job, failed=attributes["failed"], images_per_s=images_per_s, already_complete=False)
+
+
+def _with_classes(job: _Job) -> _Job:
+    """The job with the store's numbers of its classes, which rank 0 finds out while it holds the store."""
+    config = job.config
+    numbering = ranks.on_first(
+        lambda: number_in_store(
+            job.folder,
+            config.split,
+            classes_in(job.source.items[: config.limit]),
+            overwrite=config.overwrite,
+            refuse=config.new_classes == "refuse",
+        )
+    )
+    return replace(job, numbering=numbering, plan=replace(job.plan, classes=numbering.classes, unnamed_labels=numbering.unnamed))
+
+
+def _tell_classes(numbering: Numbering) -> Iterator[Event]:
+    yield from (Note(text=text) for text in numbering.notes)
+    yield from (Note(text=text, warning=True) for text in numbering.warnings)
 
 
 def _prepare(config: EncodeLatentsConfig, folder: StoreFolder, source: ImageSource) -> _Job:
@@ -307,7 +352,8 @@ def _fetch(job: _Job, positions: list[int], batch_latents: Tensor, latents: NDAr
 def _manifest_rows(job: _Job, image: _Loaded) -> list[ManifestRow]:
     """One row for each view, failed or not, so that no failure shifts another image's rows."""
     item, views = job.source.items[image.index], job.config.views
-    common: dict[str, Any] = {"source": job.source.name, "key": item.key, "label": item.label, "class_name": item.class_name, "sha256": image.sha256}
+    common: dict[str, Any] = {"source": job.source.name, "key": item.key, "sha256": image.sha256}
+    common |= {"label": job.numbering.label(item), "class_name": item.class_name}
     if image.reason:
         return [ManifestRow(row=image.index * views + view, view=view, status=FAILED, reason=image.reason, **common) for view in range(views)]
     rows = []
@@ -323,21 +369,51 @@ def _report_failure(job: _Job, image: _Loaded, progress: _Progress) -> Iterator[
     key = job.source.items[image.index].key
     if job.config.strict:
         raise ImageError(f"image {key} of {job.source.name} cannot be read ({image.reason}); mend or remove it, or leave out --strict")
+    progress.failed += 1
     progress.failed_this_run += 1
     if progress.failed_this_run <= _WARNINGS_IN_FULL:
         yield Note(text=f"image {key} cannot be read and is left out: {image.reason}", warning=True)
+    _refuse_so_many(job, progress.failed, f"; the last is {key} ({image.reason})")
 
 
-def _notes_on_resume(config: EncodeLatentsConfig, writer: SplitWriter) -> Iterator[Event]:
-    """What an earlier run left: shards that hold, shards that do not, and (strict) failures."""
-    found = ranks.gather((writer.rows_done, [shard.index for shard in writer.damaged]))
-    rows_done, damaged = sum(rows for rows, _ in found), sorted(index for _, indices in found for index in indices)
+def _refuse_so_many(job: _Job, failed: int, last: str = "") -> None:
+    """Raises ImageError where more images failed than `max_failed` allows. What is finished stays, and `_resume` tries the failed ones anew."""
+    if failed > job.most_failed:
+        raise ImageError(
+            f"{failed} images of {job.source.name} cannot be read{last}, more than the {job.most_failed} of {job.plan.images} that --max-failed "
+            f"{job.config.max_failed:g} allows; mend what is wrong and give the same command again, or one with a larger --max-failed"
+        )
+
+
+def _resume(job: _Job, writer: SplitWriter) -> Generator[Event, None, int]:
+    """Tell what an earlier run left: shards that hold, shards that do not. Returns how many of its images failed then as they do now."""
+    failing, mended = _try_again(job, writer)
+    found = ranks.gather((writer.rows_done, [shard.index for shard in writer.damaged], mended))
+    rows_done, damaged = sum(rows for rows, _, _ in found), sorted(index for _, indices, _ in found for index in indices)
+    mended = sum(images for _, _, images in found)
     if damaged:
         names = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
         yield Note(text=f"{len(damaged)} shards do not match their checksum (number {names}) and are encoded again", warning=True)
+    if mended:
+        yield Note(text=f"{mended} images that could not be read have changed; their shards are encoded again")
     if rows_done:
         yield Note(text=f"resuming: {rows_done} of {writer.plan.rows} rows are there")
-    _refuse_failure(config, writer.first_failure() if config.strict else None)
+    if failing and job.config.strict:
+        _refuse_failure(failing[0], "mend it and give the same command again")
+    return len(failing)
+
+
+def _try_again(job: _Job, writer: SplitWriter) -> tuple[list[dict[str, Any]], int]:
+    """Read the images anew that failed in an earlier run, and have the shards written again in which one gives another answer.
+
+    So the split becomes what it would be had the cause been mended before. Returns the failures that stay, and how many have changed.
+    """
+    found, views, workers = list(writer.failures()), job.config.views, job.config.workers
+    indices = (failure["row"] // views for _, failure in found)
+    with closing(read_ahead(lambda index: _load(job, index), indices, workers=workers, ahead=2 * workers)) as loaded:
+        changed = [shard for (shard, was), now in zip(found, loaded, strict=True) if (now.sha256, now.reason) != (was["sha256"], was["reason"])]
+    writer.redo(set(changed))
+    return [failure for shard, failure in found if shard not in changed], len(changed)
 
 
 def _tell_complete(job: _Job) -> Iterator[Event]:
@@ -345,16 +421,16 @@ def _tell_complete(job: _Job) -> Iterator[Event]:
     if ranks.rank() == 0:
         remove_progress(job.folder, config.split)
     split = LatentStore(job.folder, job.encoding)[config.split]
-    _refuse_failure(config, first_failure(split.read_file(manifest_key(config.split))) if config.strict and split.failed else None)
-    yield Note(text=f'split "{config.split}" of {job.folder.name} is complete already; --overwrite encodes it again')
+    if config.strict and split.failed:
+        _refuse_failure(failures(split.read_file(manifest_key(config.split)))[0], "mend it and add --overwrite")
+    failed = f" but for {split.failed} images that could not be read" if split.failed else ""
+    yield Note(text=f'split "{config.split}" of {job.folder.name} is complete already{failed}; --overwrite encodes it again')
     yield Result(value=_result(job, failed=split.failed, images_per_s=None, already_complete=True))
 
 
-def _refuse_failure(config: EncodeLatentsConfig, failure: tuple[str, str] | None) -> None:
-    """Raises ImageError where an earlier run recorded a failure that `strict` does not allow."""
-    if failure:
-        key, reason = failure
-        raise ImageError(f"image {key} could not be read by an earlier run ({reason}); mend it and add --overwrite, or leave out --strict")
+def _refuse_failure(failure: Mapping[str, Any], mend: str) -> NoReturn:
+    """Raises ImageError: an earlier run recorded a failure, which `strict` does not allow."""
+    raise ImageError(f"image {failure['key']} could not be read by an earlier run ({failure['reason']}); {mend}, or leave out --strict")
 
 
 def _result(job: _Job, *, failed: int, images_per_s: float | None, already_complete: bool) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class FitCodebooksConfig:
     calibration_samples: int = 2048
     """Vector-Jacobian products through the frozen decoder, for the "decoder" transform."""
     backend: str = "auto"
-    """k-means by "faiss", "torch", or "auto": torch, but FAISS on a CPU without Numba."""
+    """k-means by "faiss", "torch", or "auto": FAISS on a GPU with faiss-gpu and on a CPU without Numba, else torch."""
     seed: int = 0
     """Seed of every random choice."""
     device: str = "auto"

@@ -113,12 +113,14 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path: Path):
 
 def test_exactly_one_of_file_and_preset_is_needed():
     for arguments in ({}, {"config": "a.toml", "preset": "demo"}):
-        with pytest.raises(ConfigError, match=r"either a CONFIG\.toml or --preset demo\|paper-256\|paper-512\|revq-512, and not both"):
+        with pytest.raises(
+            ConfigError, match=r"either a CONFIG\.toml or --preset demo\|paper-256-256k\|paper-256-64k\|paper-512\|revq-512, and not both"
+        ):
             load_plan(**arguments)  # type: ignore[arg-type]
 
 
 def test_an_unknown_preset_lists_those_there_are():
-    with pytest.raises(ConfigError, match="there is no preset 'papers'; there are demo, paper-256, paper-512, revq-512"):
+    with pytest.raises(ConfigError, match="there is no preset 'papers'; there are demo, paper-256-256k, paper-256-64k, paper-512, revq-512"):
         load_plan(preset="papers")
 
 
@@ -128,22 +130,17 @@ def test_every_preset_needs_no_more_than_images_and_a_place(name: str):
     assert (plan.encode_train.images, plan.out) == ("a", Path("c"))
 
 
-def test_the_paper_presets_are_the_papers_settings():
-    plan = load_plan(preset="paper-512", images="a", val_images="b", out="c")
+@pytest.mark.parametrize(
+    ("name", "tokens", "codes", "width", "depth", "batch_size"),
+    [("paper-512", 512, 16384, 512, 3, 256), ("paper-256-64k", 256, 65536, 1024, 4, 256), ("paper-256-256k", 256, 262144, 512, 4, 128)],
+)
+def test_the_paper_presets_are_the_references_settings(name: str, tokens: int, codes: int, width: int, depth: int, batch_size: int):
+    plan = load_plan(preset=name, images="a", val_images="b", out="c")
     assert (plan.encode_train.image_size, plan.encode_train.vae) == (256, "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers")
-    assert (plan.fit.transform, plan.fit.tokens, plan.fit.codes) == ("standardize", 512, 16384)
+    assert (plan.fit.transform, plan.fit.tokens, plan.fit.codes, plan.fit.backend) == ("standardize", tokens, codes, "faiss")
     train = plan.train
-    assert (train.epochs, train.batch_size, train.lr, train.codebook_lr, train.width, train.depth, train.finish_steps) == (
-        100,
-        256,
-        5e-4,
-        0.01,
-        512,
-        3,
-        0,
-    )
-    plan = load_plan(preset="paper-256", images="a", val_images="b", out="c")
-    assert (plan.fit.tokens, plan.fit.codes, plan.train.depth, plan.train.batch_size) == (256, 65536, 4, 128)
+    assert (train.block, train.width, train.depth, train.batch_size) == ("efficientvit", width, depth, batch_size)
+    assert (train.epochs, train.lr, train.codebook_lr, train.finish_steps) == (100, 5e-4, 0.01, 0)
 
 
 def test_the_demo_preset_is_whole_and_stays_offline():
@@ -181,7 +178,7 @@ def test_the_table_in_the_documentation_is_what_the_presets_say():
     names = [cell.strip("`") for cell in head[2:]]
     assert sorted(names) == preset_names()
     documented: dict[tuple[str, str, str], str] = {}
-    for table, key, *cells in (row for row in rows if len(row) == 6 and row[1].startswith("`")):
+    for table, key, *cells in (row for row in rows if len(row) == 7 and row[1].startswith("`")):
         documented |= {(name, table, key.strip("`")): cell for name, cell in zip(names, cells, strict=True) if cell}
     said = {
         (name, table, key): f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)

@@ -214,8 +214,11 @@ def test_the_torch_backend_never_holds_all_distances(monkeypatch: pytest.MonkeyP
 
 PICKED = """
 import sys, torch
-for missing in sys.argv[1:]:
+for missing in sys.argv[2:]:
     sys.modules[missing] = None  # what an import finds where it is not installed
+if sys.argv[1] == "faiss-gpu":
+    import faiss
+    faiss.StandardGpuResources = object  # what faiss-cpu lacks
 from revq.models.kmeans import pick_backend
 print(pick_backend("auto", torch.device("cpu")), pick_backend("auto", torch.device("cuda")), pick_backend("torch", torch.device("cpu")))
 pick_backend("faiss", torch.device("cpu"))
@@ -223,13 +226,19 @@ pick_backend("faiss", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
-    ("missing", "picked"),
-    [((), "torch"), (("numba",), "faiss"), (("faiss",), "torch"), (("numba", "faiss"), "torch")],
-    ids=["both installed", "no Numba", "no FAISS", "neither"],
+    ("build", "missing", "on_cpu", "on_gpu"),
+    [
+        ("faiss-cpu", (), "torch", "torch"),
+        ("faiss-cpu", ("numba",), "faiss", "torch"),
+        ("faiss-gpu", (), "torch", "faiss"),
+        ("faiss-gpu", ("numba",), "faiss", "faiss"),
+        ("no FAISS", ("faiss",), "torch", "torch"),
+        ("no FAISS", ("numba", "faiss"), "torch", "torch"),
+    ],
 )
-def test_auto_takes_faiss_only_on_a_cpu_without_numba_and_faiss_itself_must_be_there_when_asked_for(missing: tuple[str, ...], picked: str) -> None:
-    done = subprocess.run([sys.executable, "-c", PICKED, *missing], capture_output=True, text=True, check=False)
-    assert done.stdout == f"{picked} torch torch\n"
+def test_auto_takes_faiss_on_a_gpu_it_computes_on_and_on_a_cpu_without_numba(build: str, missing: tuple[str, ...], on_cpu: str, on_gpu: str) -> None:
+    done = subprocess.run([sys.executable, "-c", PICKED, build, *missing], capture_output=True, text=True, check=False)
+    assert done.stdout == f"{on_cpu} {on_gpu} torch\n"
     if "faiss" in missing:
         message = "FAISS is not installed; install revq[cpu] (faiss-cpu) or revq[gpu] (faiss-gpu), or pass --backend torch"
         assert done.stderr.splitlines()[-1].endswith(f"ConfigError: {message}")
