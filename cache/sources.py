@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import ImageError
+from .image_sources.file_sets import check_one_set, glob_for
 from .image_sources.folder import FolderSource, check_folder, is_image, suffix_of, what_it_is
 from .image_sources.items import ImageItem, order_sha256
-from .image_sources.patterns import check_one_set, expand, has_glob, is_pattern
-from .image_sources.places import FOLDER, Place, place_of
-from .image_sources.skipped import Skipped
+from .image_sources.patterns import expand, has_glob, is_pattern
+from .image_sources.places import FILE, FOLDER, Place, place_of
+from .image_sources.skipped import BROKEN_LINK, Skipped
 from .image_sources.tar_index import compressed_message
 
 __all__ = ["FolderSource", "ImageItem", "ImageSource", "open_source", "order_sha256"]
@@ -82,10 +83,7 @@ def _open(text: str) -> ImageSource:
 
         return PhotographSource(text.removeprefix(PHOTOGRAPHS_PREFIX))
     if is_pattern(text):
-        found = expand(text)
-        if has_glob(text):
-            check_one_set(text, found)
-        return _open_files(_pattern_name(text), found)
+        return _open_files(_pattern_name(text), expand(text), one_set=has_glob(text))
     place = place_of(text)
     if place.path.lower().endswith((*_ARCHIVES, *_PACKERS)) and place.kind() == "file":
         return _open_files(place.full_name, [place])
@@ -93,14 +91,13 @@ def _open(text: str) -> ImageSource:
     archives, skipped = _archives_in(place)
     if not archives:
         return FolderSource(place)
-    check_one_set(str(place), archives)
-    source = _open_files(place.full_name, archives)
+    source = _open_files(place.full_name, archives, one_set=True)
     source.skipped.update(skipped)
     return source
 
 
-def _open_files(name: str, places: Sequence[Place]) -> ImageSource:
-    """Files that must be of one kind."""
+def _open_files(name: str, places: Sequence[Place], *, one_set: bool = False) -> ImageSource:
+    """Files that must be of one kind, and of one set where nobody has named them one by one."""
     for place in places:
         packer = next((packer for suffix, packer in _PACKERS.items() if place.path.lower().endswith(suffix)), None)
         if packer:
@@ -109,7 +106,9 @@ def _open_files(name: str, places: Sequence[Place]) -> ImageSource:
             raise ImageError(f"{place} is neither .tar nor .parquet, and a pattern must name files of one of these; give a folder for images")
     odd = next((place for place in places if suffix_of(place.path) != suffix_of(places[0].path)), None)
     if odd is not None:
-        raise ImageError(f"{name} holds both {places[0].base} and {odd.base}; give one kind, such as *{suffix_of(places[0].path)}")
+        raise ImageError(f"{name} holds both {places[0].base} and {odd.base}; {_one_kind(name, places)}")
+    if one_set:
+        check_one_set(name, places)
     if suffix_of(places[0].path) == ".parquet":
         from .image_sources.parquet import ParquetSource
 
@@ -133,18 +132,26 @@ def _archives_in(folder: Place) -> tuple[list[Place], Skipped]:
         path = os.fsencode(name) + b"/" * (kind == FOLDER)
         if skipped.set_aside(path):
             continue
-        if kind != FOLDER and suffix_of(name) in _ARCHIVES:
+        if kind in {FILE, BROKEN_LINK} and suffix_of(name) in _ARCHIVES:
             names.append(name)
         else:
-            skipped.add("folder" if kind == FOLDER else what_it_is(path), path)
-    if not names:
+            skipped.add(what_it_is(path) if kind == FILE else kind, path)
+    archives = [folder.inside(name) for name in names]
+    if not archives:
         return [], skipped
     beside = next((path for path, kind in folder.walk() if kind != FOLDER and is_image(path)), None)
     if beside is not None:
-        raise ImageError(
-            f"{folder} holds both {Place(names[0])} and images ({Place(beside)}); give the one kind, such as {folder}/*{suffix_of(names[0])}"
-        )
-    return [folder.inside(name) for name in names], skipped
+        raise ImageError(f"{folder} holds both {Place(names[0])} and images ({Place(beside)}); {_one_kind(str(folder), archives)}")
+    return archives, skipped
+
+
+def _one_kind(name: str, archives: Sequence[Place]) -> str:
+    """Advice: a pattern for the archives that are as the first. Raises ImageError where those are several sets."""
+    suffix = suffix_of(archives[0].path)
+    same = [place for place in archives if suffix_of(place.path) == suffix]
+    check_one_set(name, same)
+    found = glob_for(same, f"*{suffix}")
+    return f"give one kind, such as {found}" if found else "move one kind away"
 
 
 def _pattern_name(pattern: str) -> str:

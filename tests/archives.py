@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,11 +17,11 @@ from scipy.io import savemat
 CLASSES, PER_CLASS = 5, 4
 
 
-def class_folders(root: Path, imagenet_sample: Path) -> Path:
-    """`root` with 20 photographs in 5 class folders, from the 20 smallest files of the sample."""
-    smallest = sorted((imagenet_sample / "val").rglob("*.JPEG"), key=lambda path: (path.stat().st_size, path.name))[: CLASSES * PER_CLASS]
+def class_folders(root: Path, imagenet_sample: Path, *, classes: int = CLASSES, per_class: int = PER_CLASS) -> Path:
+    """`root` with photographs in class folders, from the smallest files of the sample."""
+    smallest = sorted((imagenet_sample / "val").rglob("*.JPEG"), key=lambda path: (path.stat().st_size, path.name))[: classes * per_class]
     for i, path in enumerate(sorted(smallest)):
-        folder = root / sorted(smallest)[i // PER_CLASS * PER_CLASS].parent.name
+        folder = root / sorted(smallest)[i // per_class * per_class].parent.name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / path.name).write_bytes(path.read_bytes())
     return root
@@ -29,6 +30,15 @@ def class_folders(root: Path, imagenet_sample: Path) -> Path:
 def files_of(folders: Path) -> list[tuple[str, bytes]]:
     """(CLASS/NAME, bytes) of all photographs, by name."""
     return [(path.relative_to(folders).as_posix(), path.read_bytes()) for path in sorted(folders.rglob("*.JPEG"))]
+
+
+def to_memory(path: Path) -> Path:
+    """A file, or everything in a folder, copied to the same path in memory://."""
+    filesystem = fsspec.filesystem("memory")
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            filesystem.pipe_file(str(file), file.read_bytes())
+    return path
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], *, tar_format: int = tarfile.GNU_FORMAT) -> Path:

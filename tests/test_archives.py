@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import archives
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,21 +42,12 @@ class Format:
     """The keys are those of the class folders."""
 
 
-def in_memory(root: Path, folders: Path) -> str:
-    """Everything of `root` copied to memory://."""
-    filesystem = fsspec.filesystem("memory")
-    for path in root.rglob("*"):
-        if path.is_file():
-            filesystem.pipe_file(f"{root}/{path.relative_to(root)}", path.read_bytes())
-    return f"memory://{root}"
-
-
 FORMATS = [
     Format("folders", lambda root, folders: folders, True),
     Format("folders-file-url", lambda root, folders: f"file://{folders}", True),
-    Format("folders-memory", lambda root, folders: in_memory(folders, folders), True),
+    Format("folders-memory", lambda root, folders: f"memory://{archives.to_memory(folders)}", True),
     Format("train-tar", lambda root, folders: archives.train_tar(root / "ILSVRC2012_img_train.tar", folders), True),
-    Format("train-tar-memory", lambda root, folders: in_memory(archives.train_tar(root / "t.tar", folders).parent, folders) + "/t.tar", True),
+    Format("train-tar-memory", lambda root, folders: f"memory://{archives.to_memory(archives.train_tar(root / 't.tar', folders))}", True),
     Format("unpacked-train-tar", lambda root, folders: unpacked(root, folders), True),
     Format("tar-of-folders", lambda root, folders: archives.write_tar(root / "a.tar", archives.files_of(folders)), True),
     Format(
@@ -68,11 +58,11 @@ FORMATS = [
     Format("one-shard", lambda root, folders: archives.shards(root, folders, count=1) / "train-0000.tar"),
     Format("shards-brace", lambda root, folders: f"{archives.shards(root, folders)}/train-{{0000..0002}}.tar"),
     Format("shards-json-glob", lambda root, folders: f"{archives.shards(root, folders, labels='label')}/train-*.tar"),
-    Format("shards-memory-brace", lambda root, folders: in_memory(archives.shards(root, folders), folders) + "/train-{0000..0002}.tar"),
+    Format("shards-memory-brace", lambda root, folders: f"memory://{archives.to_memory(archives.shards(root, folders))}/train-{{0000..0002}}.tar"),
     Format("parquet", lambda root, folders: archives.parquet_files(root, folders)),
     Format("parquet-glob", lambda root, folders: f"{archives.parquet_files(root, folders)}/train-*.parquet"),
     Format("parquet-one", lambda root, folders: archives.parquet_files(root, folders, count=1) / "train-00000-of-00001.parquet"),
-    Format("parquet-memory", lambda root, folders: in_memory(archives.parquet_files(root, folders), folders)),
+    Format("parquet-memory", lambda root, folders: f"memory://{archives.to_memory(archives.parquet_files(root, folders))}"),
 ]
 
 

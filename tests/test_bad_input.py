@@ -125,9 +125,14 @@ def with_a_bad_image(imagenet_sample: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_unreadable_image_is_recorded_with_its_reason_and_the_run_goes_on(revq_cli: Cli, taef2: str, tmp_path: Path, with_a_bad_image: Path):
+def test_an_unreadable_image_is_recorded_what_is_none_is_counted_and_the_run_goes_on(
+    revq_cli: Cli, taef2: str, tmp_path: Path, with_a_bad_image: Path
+):
+    (with_a_bad_image / "2b.heic").write_bytes(b"x")
     done = revq_cli("encode-latents", with_a_bad_image, tmp_path / "a.zarr", "--vae", taef2, *ENCODE)
     assert re.search(r"^warning: .*1b\.jpg", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^1 entries of .* are passed over: 1 \.heic \(2b\.heic\)$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^ +skipped +\.heic 1$", done.stdout, re.MULTILINE), done.stdout
     rows = pq.read_table(tmp_path / "a.zarr" / "manifest" / "train.parquet").to_pylist()
     assert [(row["key"], row["status"]) for row in rows] == [("0.jpg", "ok"), ("1.jpg", "ok"), ("1b.jpg", "failed"), ("2.jpg", "ok")]
     assert rows[2]["reason"]

@@ -215,10 +215,14 @@ def test_unreadable_images_are_left_out_counted_and_named(tokenizer_folder: Path
     clean = run_quietly(evaluate(config_for(tokenizer_folder, images, tmp_path / "clean")))
     (images / "01-broken.jpg").write_bytes((images / "01.jpg").read_bytes()[:500])
     (images / "02-empty.png").write_bytes(b"")
+    for name in ("03.heic", "04.HEIC", "labels.txt"):
+        (images / name).write_bytes(b"x")
     events, value = events_of(config_for(tokenizer_folder, images, tmp_path / "out", batch_size=2))
     assert value["images"] == 4
     assert [entry["key"] for entry in value["notes"]["failed"]] == ["01-broken.jpg", "02-empty.png"]
     assert all(entry["reason"] for entry in value["notes"]["failed"])
+    assert value["dataset"]["skipped"] == {".heic": 2, ".txt": 1}
+    assert value["notes"]["skipped"] == "3 entries of the source are passed over: 2 .heic (03.heic, ...), 1 .txt (labels.txt)"
     assert value["fingerprints"] == clean["fingerprints"]
     assert value["rows"]["rectified"]["psnr_db"] == pytest.approx(clean["rows"]["rectified"]["psnr_db"], abs=1e-3)
     assert any("2 of 6 images cannot be read" in event.text for event in events if isinstance(event, Note))
@@ -340,7 +344,7 @@ def test_what_a_user_asks_is_recorded(small_run: Path, imagenet_sample: Path, tm
     assert max(value["codebooks"]["perplexity"]) == pytest.approx(value["codebook_usage"]["perplexity"]["max"], abs=1e-6)
     assert value["training"]["step"][-1] == 6
     assert value["rfid_label"] == "rFID@10"
-    assert value["dataset"] == {"imagenet_val": False, "listed": 10, "unreadable": 0, "enlarged": 0}
+    assert value["dataset"] == {"imagenet_val": False, "listed": 10, "unreadable": 0, "enlarged": 0, "skipped": {}}
     assert value["notes"]["tolerance"] if value["tolerance"] else "tolerance" not in value["notes"]
 
     table = pq.read_table(tmp_path / "out" / "images.parquet").to_pydict()

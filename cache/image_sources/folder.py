@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def check_folder(root: Place) -> None:
     if kind is None:
         raise ImageError(f"image folder {root} does not exist; give a folder of images or of class folders, a .tar or a .parquet")
     if kind == FILE and suffix_of(root.path) == ".zip":
-        raise ImageError(f"the images must be a folder, a .tar or a .parquet, but {root} is a zip; give zip://::{root}")
+        raise ImageError(f"the images must be a folder, a .tar or a .parquet, but {root} is a zip; give {shlex.quote(f'zip://::{root}')}")
     if kind == FILE:
         raise ImageError(f"the images must be a folder, a .tar or a .parquet, but {root} is a file; give the folder that holds it")
 
@@ -146,10 +147,20 @@ def _list_images(root: Place, skipped: Skipped) -> tuple[pa.LargeBinaryArray, se
     if not flat and not nested:
         wanted = f"expected files ending in {' '.join(sorted(IMAGE_SUFFIXES))}"
         raise ImageError(
-            f"image folder {root} holds no image: {wanted}, found {skipped}" if skipped else f"image folder {root} holds no file; {wanted}"
+            f"image folder {root} holds no image: {wanted}, found {skipped}{_where_images_are(root, skipped)}"
+            if skipped
+            else f"image folder {root} holds no file; {wanted}"
         )
     nested.sort(key=lambda path: (path.partition(b"/")[0], path))
     return name_column(nested or sorted(flat)), broken
+
+
+def _where_images_are(root: Place, skipped: Skipped) -> str:
+    """Advice for a folder around folders of archives, as the hub's data sets have them, and for names that fsspec does not find."""
+    if root.around[0].endswith("tar://"):
+        return "; of names that begin with / or hold .. tar:// finds none: give the plain .tar itself"
+    first = next((name for suffix in (".parquet", ".tar") if (name := skipped.first(suffix))), "")
+    return f"; give the folder of its archives, {shlex.quote(str(root.inside(os.path.dirname(first))))}" if first else ""
 
 
 def skip_empty_folders(skipped: Skipped, folders: Iterable[bytes], classes: Iterable[bytes]) -> None:
@@ -168,8 +179,12 @@ def _label(root: Place, names: pa.LargeBinaryArray) -> tuple[ItemColumns, tuple[
     if splits:
         first = printable(splits[0])
         told = ", ".join(f"{printable(name)}/" for name in splits)
-        raise ImageError(f"{root} holds the splits {told}, which would be taken for classes; give one of them, such as {root.inside(first)}")
+        raise ImageError(
+            f"{root} holds the splits {told}, which would be taken for classes; give one of them, such as {shlex.quote(str(root.inside(first)))}"
+        )
     notes: tuple[str, ...] = ()
     if len(shown) == 1 and any(name.count(b"/") > 1 for name in iterate(names)):
-        notes = (f"all images of {root} are of the one class {shown[0]}; where that holds class folders, give {root.inside(shown[0])}",)
+        notes = (
+            f"all images of {root} are of the one class {shown[0]}; where that holds class folders, give {shlex.quote(str(root.inside(shown[0])))}",
+        )
     return ItemColumns(names, labels, shown), notes

@@ -2,7 +2,7 @@
 
 Files come in the order of their paths, images in the order of their rows; a key is `FILE/ROW` and the path that the file has for the image.
 Columns: the images are `image`, or else the only column with bytes inside; labels are `label`, or else the only one that the hub's metadata
-call a ClassLabel. Class names come from the same metadata.
+call a ClassLabel. Class names come from the same metadata, or are the labels where these are text: see `parquet_labels`.
 
 A row group is decoded batch by batch, as far as is needed; the last few batches are kept for the threads that read near each other.
 Memory: at most 8 batches of 16 MB, and what pyarrow needs for a page (see docs/images.md), whatever the size of files and row groups.
@@ -10,6 +10,7 @@ Memory: at most 8 batches of 16 MB, and what pyarrow needs for a page (see docs/
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -17,12 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 
-import numpy as np
 import pyarrow as pa
 
 from ...errors import ImageError
 from .items import NO_LABEL, ImageItem, ItemColumns
-from .parquet_index import Part, damage, find_columns, list_rows, open_parquet, read_footer, size_of
+from .parquet_index import Part, check_same_columns, damage, find_columns, list_rows, open_parquet, read_footer, size_of
+from .parquet_labels import merge_labels
 from .places import REMOTE_THREADS, Place, relative_names
 from .skipped import Skipped
 
@@ -47,14 +48,20 @@ class ParquetSource:
         """Read the footers, labels and paths of all files.
 
         Raises:
-            ImageError: a file is no Parquet file or is cut off, has no column of images, or has other columns than the first; no row at all.
+            ImageError: a file is no Parquet file or is cut off, has no column of images, or has other columns than the first; no row at all;
+                labels that cannot be brought to one numbering.
         """
         self.name = name
         remote = places[0].filesystem is not None
         with ThreadPoolExecutor(REMOTE_THREADS if remote else 2) as pool:
             self._parts = list(pool.map(read_footer, places))
-            self._columns = find_columns(self._parts[0])
-            listed = list(pool.map(lambda part, prefix: list_rows(part, self._columns, prefix), self._parts, relative_names(places)))
+            prefixes = dict(zip(places, relative_names(places), strict=True))
+            filled = [(part, find_columns(part)) for part in self._parts if part.metadata.num_rows]
+            if not filled:
+                raise ImageError(f"{name} holds no row, in {len(places)} files; expected one image in each row")
+            check_same_columns(filled)
+            listed = list(pool.map(lambda part, columns: list_rows(part, columns, prefixes[part.place]), *zip(*filled, strict=True)))
+        self._image = filled[0][1].image
         self._starts: list[int] = []  # first row of each row group, over all files
         self._groups: list[tuple[int, int]] = []  # (file, row group in it)
         rows = 0
@@ -63,13 +70,15 @@ class ParquetSource:
                 self._starts.append(rows)
                 self._groups.append((number, group))
                 rows += part.metadata.row_group(group).num_rows
-        if not rows:
-            raise ImageError(f"{name} holds no row; expected images in its column {self._columns.image}")
-        labels = np.concatenate([labels for _, labels in listed])
-        self._items = ItemColumns(pa.concat_arrays([names for names, _ in listed]), labels, self._columns.class_names)
+        labels, class_names, self.notes = merge_labels(name, [labels for _, labels in listed])
+        self._items = ItemColumns(pa.concat_arrays([names for names, _ in listed]), labels, class_names)
         unlabelled = int((labels == NO_LABEL).sum())
-        self.notes: tuple[str, ...] = (f"{unlabelled} of the {rows} images of {name} have no label",) if unlabelled else ()
+        if unlabelled:
+            self.notes = (*self.notes, f"{unlabelled} of the {rows} images of {name} have no label")
         self.skipped = Skipped()
+        for part in self._parts:
+            if not part.metadata.num_rows:
+                self.skipped.add("file without a row", os.fsencode(part.place.base))
         self._lock = Lock()
         self._open: OrderedDict[int, _Group] = OrderedDict()
         self._kept: OrderedDict[tuple[int, int], pa.Array] = OrderedDict()
@@ -91,7 +100,7 @@ class ParquetSource:
         number, position = self._groups[group]
         metadata = self._parts[number].metadata.row_group(position)
         leaves = (metadata.column(i) for i in range(metadata.num_columns))
-        size = next(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema == self._columns.image)
+        size = next(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema == self._image)
         return max(1, metadata.num_rows * _BATCH_BYTES // max(size, _BATCH_BYTES))
 
     def _batch(self, group: int, batch: int) -> pa.Array:
@@ -124,7 +133,7 @@ class ParquetSource:
             while True:
                 with damage(part.place):
                     column = next(state.batches).column(0)
-                images = column.field(self._columns.image.rpartition(".")[2]) if pa.types.is_struct(column.type) else column
+                images = column.field(self._image.rpartition(".")[2]) if pa.types.is_struct(column.type) else column
                 done, state.next_batch = state.next_batch, state.next_batch + 1
                 with self._lock:
                     self._kept[group, done] = images
@@ -141,4 +150,4 @@ class ParquetSource:
             if size_of(part.place) != part.size:
                 raise ImageError(f"{part.place} has changed since it was listed; give the same command again once it is whole")
             file = open_parquet(part.place, metadata=part.metadata)
-            return file.iter_batches(batch_rows, row_groups=[position], columns=[self._columns.image])
+            return file.iter_batches(batch_rows, row_groups=[position], columns=[self._image])

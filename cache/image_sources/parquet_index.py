@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...errors import ImageError
-from .items import NO_LABEL
+from .parquet_labels import LABEL_TYPES, FileLabels, holds_labels, no_labels, read_labels
 from .place_errors import place_errors
 from .places import Place, RandomFile
 
@@ -29,6 +28,7 @@ class Columns:
     path: str | None
     label: str | None
     class_names: list[str]
+    """As the hub's metadata have them, by number; empty where they say nothing."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def find_columns(part: Part) -> Columns:
     features = _hub_features(schema)
     classes = [name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"]
     label = "label" if "label" in schema.names else classes[0] if len(classes) == 1 else None
-    if label is not None and not pa.types.is_integer(schema.field(label).type):
-        raise ImageError(f"{part.place} has labels of type {schema.field(label).type}; expected whole numbers in its column {label}")
+    if label is not None and not holds_labels(schema.field(label).type):
+        raise ImageError(f"{part.place} has labels of type {schema.field(label).type}; expected {LABEL_TYPES} in its column {label}")
     names = features.get(label, {}).get("names") if label in classes else None
     field = images[0]
     has_path = pa.types.is_struct(field.type) and any(leaf.name == "path" and pa.types.is_string(leaf.type) for leaf in field.type)
@@ -130,25 +130,26 @@ def _hub_features(schema: pa.Schema) -> dict[str, Any]:
     return features if isinstance(features, dict) else {}
 
 
-def list_rows(part: Part, columns: Columns, prefix: str) -> tuple[pa.LargeBinaryArray, np.ndarray[Any, np.dtype[np.int32]]]:
-    """Keys (N), which begin with `prefix`, and labels (N) of one file. Raises ImageError."""
-    wanted = [column for column in (columns.path, columns.label) if column]
-    leaves = {part.metadata.schema.column(i).path for i in range(part.metadata.num_columns)}
-    absent = [column for column in (columns.image, *wanted) if column not in leaves]
-    if absent:
-        raise ImageError(f"{part.place} has no column {absent[0]}, which the first file has; give files of one data set")
+def check_same_columns(parts: Sequence[tuple[Part, Columns]]) -> None:
+    """Raises ImageError where the images or labels of a file lie elsewhere than those of the first."""
+    first, wanted = parts[0]
+    for part, columns in parts:
+        if (columns.image, columns.label) != (wanted.image, wanted.label):
+            has, had = (f"{found.image} and {found.label or 'no labels'}" for found in (columns, wanted))
+            raise ImageError(f"{part.place} has the columns {has}, {first.place} has {had}; give files of one data set")
+
+
+def list_rows(part: Part, columns: Columns, prefix: str) -> tuple[pa.LargeBinaryArray, FileLabels]:
+    """Keys (N), which begin with `prefix`, and labels of one file. Raises ImageError."""
     rows = part.metadata.num_rows
-    names, labels = pa.array([f"{prefix}/{row:07d}" for row in range(rows)]), np.full(rows, NO_LABEL, np.int32)
+    names = pa.array([f"{prefix}/{row:07d}" for row in range(rows)])
     try:
-        with open_parquet(part.place, metadata=part.metadata) as file:
-            table = file.read(columns=wanted)
+        with place_errors(part.place, archive=True), open_parquet(part.place, metadata=part.metadata) as file:
+            table = file.read(columns=[column for column in (columns.path, columns.label) if column])
         if columns.path:
             column = table[columns.path.rpartition(".")[0]].combine_chunks()
             names = pc.binary_join_element_wise(names, column.field("path"), "/", null_handling="skip")
-        if columns.label:
-            labels = pc.fill_null(table[columns.label], NO_LABEL).cast(pa.int32()).to_numpy()
+        labels = read_labels(part.place, table[columns.label], columns.class_names) if columns.label else no_labels(part.place, rows)
     except (pa.ArrowException, OSError) as error:
-        raise ImageError(
-            f"{part.place} is damaged, or its labels are no small numbers ({' '.join(str(error).split())[:150]}); fetch it again"
-        ) from error
+        raise ImageError(f"{part.place} is damaged ({' '.join(str(error).split())[:150]}); fetch it again") from error
     return names.cast(pa.large_binary()), labels

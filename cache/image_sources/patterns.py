@@ -6,7 +6,6 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ...errors import ImageError
@@ -14,7 +13,6 @@ from .places import REMOTE_THREADS, Place, is_url, place_of, remote_errors, turn
 
 _GLOB = re.compile(r"[*?\[]")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.([1-9]\d*))?")
-_PART = re.compile(r"(.*?)[-_.]?(\d+)?(-of-(\d+))?\.(tar|parquet)", re.IGNORECASE)
 
 
 def is_pattern(spec: str) -> bool:
@@ -58,25 +56,6 @@ def expand_braces(pattern: str) -> list[str]:
             continue
         return list(itertools.chain.from_iterable(expand_braces(before + choice + after) for choice in choices))
     return [pattern]
-
-
-def check_one_set(name: str, places: Sequence[Place]) -> None:
-    """Files of a folder or glob must be the numbered parts of one set, for folders of shards often hold train and validation side by side.
-
-    Raises:
-        ImageError: there are several sets; or the names say how many parts there are (`train-00003-of-00294.parquet`), and one is missing.
-    """
-    parts = [match for place in places if (match := _PART.fullmatch(place.base))]
-    sets = sorted({match[1] for match in parts})
-    if len(sets) > 1:
-        raise ImageError(f"{name} holds several sets of files ({', '.join(sets[:4])}); give one of them, such as {sets[0]}*.{parts[0][5]}")
-    if not all(match[3] for match in parts) or len({match[4] for match in parts}) != 1:
-        return
-    there, count = {int(match[2]) for match in parts}, int(parts[0][4])
-    missing = [number for number in range(count) if number not in there]
-    if missing:
-        first = f"{parts[0].string[: parts[0].start(2)]}{missing[0]:0{len(parts[0][2])}d}-of-{parts[0][4]}.{parts[0][5]}"
-        raise ImageError(f"{len(missing)} of the {count} parts of {name} are not there, the first is {first}; fetch them")
 
 
 def _count(first: str, last: str, step: int) -> list[str]:

@@ -58,6 +58,10 @@ class Skipped:
         """Most frequent reason first: suffixes (".txt", "no suffix"), and the words above."""
         return dict(sorted(self._counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
+    def first(self, reason: str) -> str:
+        """The first name of a reason; empty where there is none."""
+        return self._first.get(reason, "")
+
     def __str__(self) -> str:
         """ "10 .txt (a/labels.txt, ...), 1 hidden (.DS_Store)"."""
         told = [f"{count} {reason} ({self._first[reason]}{', ...' if count > 1 else ''})" for reason, count in self.counts().items()]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from ...errors import ImageError
 from .folder import IMAGE_SUFFIXES, is_image, mixed_message, skip_empty_folders, splits_among, what_it_is
 from .imagenet_devkit import DEVKIT_NAME, is_val_name, val_labels
 from .items import ItemColumns, classes_of, iterate, name_column, printable
-from .places import FILE, Place, RandomFile
+from .places import FILE, Place, RandomFile, place_of
 from .skipped import Skipped
 from .tar_index import Member, TarWalk
 from .tar_members import SCHEMA, Row, TarSource, members_of, open_archive, sample_key, table_of, threads_for
@@ -190,8 +191,17 @@ def _plain_tar(place: Place, listing: _Listing) -> TarSource:
 def _refuse_splits(place: Place, around: bytes, splits: Sequence[bytes]) -> None:
     """Raises ImageError where top-level folders are splits of a data set."""
     if splits:
-        told, first = ", ".join(f"{printable(name)}/" for name in splits), printable(around + splits[0])
-        raise ImageError(f"{place} holds the splits {told}, which would be taken for classes; give one of them, such as tar://{first}::{place}")
+        told, url = ", ".join(f"{printable(name)}/" for name in splits), f"tar://{printable(around + splits[0])}::{place}"
+        advice = f"give one of them, such as {shlex.quote(url)}" if _holds_an_image(url) else "unpack it and give one of them"
+        raise ImageError(f"{place} holds the splits {told}, which would be taken for classes; {advice}")
+
+
+def _holds_an_image(url: str) -> bool:
+    """fsspec does not find names that begin with a slash."""
+    try:
+        return any(is_image(path) for path, _ in place_of(url).walk())
+    except (ImageError, OSError):
+        return False
 
 
 def _val_tar(place: Place, members: pa.Table, skipped: Skipped) -> TarSource:

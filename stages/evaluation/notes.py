@@ -53,6 +53,8 @@ def write_notes(
         notes["tolerance"] = f"no curve in the decoder's metric: the transform {tokenizer.config.get('transform')} does not weigh positions"
     if tally.round_trip and tally.round_trip["largest_difference"]:
         notes["round_trip"] = f"stored tokens decode to pictures that differ by up to {tally.round_trip['largest_difference']} of 255 levels"
+    if source.skipped:
+        notes["skipped"] = f"{len(source.skipped)} entries of the source are passed over: {source.skipped}"
     if tally.failed:
         notes["failed"] = [{"key": source.items[index].key, "reason": reason} for index, reason in tally.failed]
     return notes

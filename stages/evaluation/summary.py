@@ -71,6 +71,7 @@ def summarize(tally: Tally, context: Context, *, tolerance: dict[str, Any] | Non
             "listed": len(tally.splits),
             "unreadable": len(tally.failed),
             "enlarged": tally.enlarged,
+            "skipped": source.skipped.counts(),
         },
         "fingerprints": {
             "tokenizer": tokenizer.fingerprint,
