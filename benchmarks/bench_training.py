@@ -27,6 +27,7 @@ from revq.cache.store import LatentStore
 from revq.files import write_json
 from revq.models.codebooks import CODEBOOKS_KIND, Codebooks, save_codebooks
 from revq.models.device import bf16_is_fast, pick_device
+from revq.models.quantizer import MultiGroupQuantizer
 from revq.models.rectifier import Rectifier
 from revq.models.transform import LatentTransform
 from revq.stages.configs import TrainRectifierConfig
@@ -299,6 +300,29 @@ def paper_rows(folder: Path, device: torch.device, args: argparse.Namespace) -> 
     return rows
 
 
+def gradient_rows(device: torch.device, args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Looking codes up and back as the quantizer does it, against plain indexing, whose gradient a CPU sums in whichever order threads come."""
+    quantizer = MultiGroupQuantizer(torch.randn(512, args.codes, 4)).to(device)
+    indices = torch.randint(args.codes, (args.batch, 512), device=device)
+    tokens = torch.arange(512, device=device)
+
+    def seconds(look_up: Callable[[], torch.Tensor]) -> Callable[[], float]:
+        def step() -> None:
+            quantizer.codebooks.grad = None
+            look_up().square().sum().backward()
+
+        step()
+        return lambda: seconds_of(lambda: [step() for _ in range(LOG_EVERY)], device) / LOG_EVERY
+
+    sides = {"fixed": seconds(lambda: quantizer.decode(indices)), "plain": seconds(lambda: quantizer.codebooks[tokens, indices])}
+    measured = turns(sides, args.repeats)
+    return [
+        (f"codes looked up and their gradient, in a fixed order (T=512, K={args.codes}, batch {args.batch})",
+         f"{1000 * statistics.median(measured['fixed']):.1f} ms"),
+        ("  the same by plain indexing, over it", f"{ratio(measured, 'plain', 'fixed'):.2f}"),
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
@@ -321,7 +345,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     args.width, args.batch = args.width or (PAPER["width"] if on_gpu else 128), args.batch or (256 if on_gpu else 64)
     with tempfile.TemporaryDirectory() as name:
-        rows = overhead_rows(Path(name), device, args) + paper_rows(Path(name), device, args)
+        rows = [*gradient_rows(device, args), *overhead_rows(Path(name), device, args), *paper_rows(Path(name), device, args)]
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()}-core CPU ({platform.machine()})"
     precision = "bf16" if bf16_is_fast(device) else "float32"
     clock = "processor" if args.cpu_time else "wall"

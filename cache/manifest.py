@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -89,11 +89,11 @@ def parse_manifest(data: bytes, *, columns: Sequence[str] | None = None) -> pa.T
         return file.read(columns=list(columns) if columns is not None else None)
 
 
-def first_failure(data: bytes) -> tuple[str, str] | None:
-    """(key, reason) of the first failed row in a manifest or a part of one; None where there is none."""
-    table = parse_manifest(data, columns=["key", "status", "reason"])
-    failed = table.filter(pc.equal(table["status"], FAILED))
-    return (failed["key"][0].as_py(), failed["reason"][0].as_py()) if len(failed) else None
+def failures(data: bytes) -> list[dict[str, Any]]:
+    """row, key, sha256 and reason of every image that failed in a manifest or a part of one, in their order."""
+    table = parse_manifest(data, columns=["row", "key", "sha256", "view", "status", "reason"])
+    failed = table.filter(pc.and_(pc.equal(table["status"], FAILED), pc.equal(table["view"], 0)))
+    return failed.select(["row", "key", "sha256", "reason"]).to_pylist()
 
 
 def failures_by_reason(table: pa.Table) -> dict[str, int]:

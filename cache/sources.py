@@ -46,7 +46,7 @@ class ImageSource(Protocol):
 
         Raises:
             OSError: this image cannot be read.
-            ImageError: the source as a whole cannot be read any longer, so that going on would record good images as unreadable.
+            ImageError: the source as a whole cannot be read any longer (see `place_errors`), so that going on would record good images as unreadable.
         """
 
 

@@ -1,7 +1,7 @@
 """The latent store: one Zarr v3 group, local or in an object store, a sub-group for each split, and how to read it.
 
     STORE/zarr.json               group; attributes: the encoding (VAE, image size, filter, crop, shape, dtype) and its fingerprint
-    STORE/<split>/zarr.json       group; attributes: images, views, seed, source, package versions, checksums, and whether it is complete
+    STORE/<split>/zarr.json       group; attributes: images, views, seed, source, classes, package versions, checksums, whether it is complete
     STORE/<split>/latents         (N,C,H,W) raw VAE latents, sharded, with crc32c; a failed image's rows hold zeros
     STORE/<split>/label, ok       (N,) int32, bool
     STORE/<split>/mean, variance  (C,H,W) float64 over the rows that are ok

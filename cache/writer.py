@@ -16,7 +16,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +32,7 @@ from zarr.storage import MemoryStore
 
 from ..errors import ConfigError, MismatchError, OutputError, StoreError
 from ..files import is_sealed, json_bytes, parse_json, seal
-from .manifest import OK, ManifestRow, encode_part, first_failure, merge_parts
+from .manifest import OK, ManifestRow, encode_part, failures, merge_parts
 from .store import FORMAT_VERSION, RESERVED_NAMES, SPLIT_KIND, STORE_KIND, Encoding, is_store, manifest_key, split_attributes, store_attributes
 from .store_folder import StoreFolder, open_folder, remove_if_empty
 
@@ -58,6 +58,10 @@ class SplitPlan:
     """Of the source's image names, labels and boxes in their order."""
     chunk_rows: int
     shard_rows: int
+    classes: tuple[tuple[str, int], ...] = ()
+    """(name, number) of every class that has a name, as its labels are: see `classes.py`."""
+    unnamed_labels: bool = False
+    """Some labels are numbers without names."""
 
     @property
     def rows(self) -> int:
@@ -215,13 +219,18 @@ class SplitWriter:
         marker = seal({**counts, "files_sha256": {key: _sha256(data) for key, data in files.items()}})
         self._folder.write(self._marker(shard), json_bytes(marker))
 
-    def first_failure(self) -> tuple[str, str] | None:
-        """(key, reason) of the first failed image in the finished shards; None where there is none."""
-        for shard in self.shards:
-            marker = self._read_marker(shard)
+    def failures(self) -> Iterator[tuple[Shard, dict[str, Any]]]:
+        """The images that could not be read in this rank's finished shards, each with its shard, as `manifest.failures` has them."""
+        for shard in self.own:
+            marker = None if shard in self.todo else self._read_marker(shard)
             if marker and marker["failed"]:
-                return first_failure(self._folder.read(self._part(shard, "parquet")) or b"")
-        return None
+                yield from ((shard, failure) for failure in failures(self._read_checked(self._part(shard, "parquet"), marker)))
+
+    def redo(self, shards: Collection[Shard]) -> None:
+        """Have finished shards of this rank written again."""
+        for shard in shards:
+            self._folder.remove(self._marker(shard))
+        self.todo = [shard for shard in self.own if shard in shards or shard in self.todo]
 
     def finish(self) -> Mapping[str, Any]:
         """Merge what the shards left, mark the split complete and return its attributes; for rank 0, when all ranks have written theirs.
@@ -239,8 +248,9 @@ class SplitWriter:
         done = [marker for marker in markers if marker is not None]
         ok_rows = sum(marker["ok"] for marker in done)
         if ok_rows == 0:
-            key, reason = self.first_failure() or ("", "")
-            raise StoreError(f"none of the {self.plan.images} images of {self.plan.source} can be read; the first is {key} ({reason})")
+            first = failures(self._read_checked(self._part(self.shards[0], "parquet"), done[0]))[0]
+            told = f"the first is {first['key']} ({first['reason']})"
+            raise StoreError(f"none of the {self.plan.images} images of {self.plan.source} can be read; {told}")
         total = np.zeros((2, *self.encoding.latent_shape), np.float64)
         for shard, marker in zip(self.shards, done, strict=True):
             total += np.load(io.BytesIO(self._read_checked(self._part(shard, "npy"), marker)))
@@ -371,8 +381,9 @@ class SplitWriter:
 
 
 def _identity(plan: SplitPlan) -> dict[str, Any]:
-    """What must agree for two runs to be one. Not the cut into files: a run goes on with the one it began with."""
-    return {name: value for name, value in asdict(plan).items() if name not in {"name", "chunk_rows", "shard_rows"}}
+    """What must agree for two runs to be one. Not the cut into files: a run goes on with the one it began with, and with its classes."""
+    others = {"name", "chunk_rows", "shard_rows", "classes", "unnamed_labels"}
+    return {name: value for name, value in asdict(plan).items() if name not in others}
 
 
 def _sums(latents: NDArray[Any]) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from ..cache.classes import classes_in, number_classes
 from ..cache.sources import open_source
 from ..cache.store import LatentStore
 from ..errors import StoreError
@@ -36,7 +37,15 @@ def check_plan(plan: Plan, *, overwrite: bool) -> None:
         find_weights(INCEPTION, path=plan.evaluate.inception_weights, download=False)
     for images in sorted({plan.evaluate.images, *([plan.encode_val.images] if plan.encode_val else [])}):
         open_source(images)
+    _check_classes(plan)
     check_tokens(plan.fit, _latent_shape(plan.encode_train, overwrite))
+
+
+def _check_classes(plan: Plan) -> None:
+    """Where new classes are refused, those of the validation images must be among the training images'. Raises MismatchError."""
+    if plan.encode_val and plan.encode_val.new_classes == "refuse":
+        train, val = (classes_in(open_source(config.images).items[: config.limit]) for config in (plan.encode_train, plan.encode_val))
+        number_classes("val", val, {"train": train}, refuse=True)
 
 
 def _latent_shape(config: EncodeLatentsConfig, overwrite: bool) -> tuple[int, int, int]:

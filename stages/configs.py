@@ -29,6 +29,7 @@ class Setting:
     panel: Literal["Data", "Method", "Advanced", "Machine"]
     """Where `--help` shows it."""
     at_least: float | None = None
+    at_most: float | None = None
     above: float | None = None
     below: float | None = None
     multiple_of: int | None = None
@@ -77,6 +78,12 @@ class EncodeLatentsConfig(StageConfig):
     """How latents are kept."""
     limit: Annotated[int | None, Setting(panel="Data", at_least=1, none="all")] = None
     """Use only the first so many images."""
+    new_classes: Annotated[Literal["append", "refuse"], Setting(panel="Data")] = "append"
+    """What becomes of classes that no other split of the store has.
+    append numbers them after those that are there, and says so; refuse is an error. Held-out sets with classes of their own are common."""
+    max_failed: Annotated[float, Setting(panel="Data", at_least=0, at_most=1)] = 0.01
+    """Share of unreadable images, above ten, that ends the run.
+    Ten are always allowed, unless it is 0. The split stays incomplete, and the same command tries the failed images again."""
     strict: Annotated[bool, Setting(panel="Data")] = False
     """Stop at an unreadable image instead of noting it."""
     dry_run: Annotated[bool, Setting(panel="Data")] = False
@@ -276,6 +283,8 @@ class Described:
             raise ConfigError(f"{name} must be in [{rule.at_least or 0:g},{rule.below:g}), not {value}")
         if rule.at_least is not None and not value >= rule.at_least:
             raise ConfigError(f"{name} must be at least {rule.at_least:g}, not {value}")
+        if rule.at_most is not None and not (rule.at_least or 0) <= value <= rule.at_most:
+            raise ConfigError(f"{name} must be from {rule.at_least or 0:g} to {rule.at_most:g}, not {value}")
         if rule.above is not None and not value > rule.above:
             raise ConfigError(f"{name} must be above {rule.above:g}, not {value}")
 

@@ -12,105 +12,51 @@ Shapes: N images; B rows in a batch; C,H,W latent channels, rows, columns; S ima
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import math
-import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
-from ..cache.images import Pixels, UnreadableImage, View, load_views, read_ahead
-from ..cache.manifest import FAILED, OK, ManifestRow, first_failure
-from ..cache.precision import ENOUGH_ROWS, RoundingTally
-from ..cache.sources import ImageSource, open_source, order_sha256
-from ..cache.store import Encoding, LatentStore, manifest_key
-from ..cache.store_folder import StoreFolder, open_folder
-from ..cache.writer import Shard, SplitPlan, SplitWriter, check_target, remove_progress, shard_layout, target_state
-from ..errors import ImageError, StoreError
+from ..cache.images import read_ahead
+from ..cache.manifest import failures
+from ..cache.sources import open_source
+from ..cache.store import LatentStore, manifest_key
+from ..cache.store_folder import open_folder
+from ..cache.writer import SplitWriter, check_split_name, check_target, remove_progress, target_state
 from ..models.device import pick_device
-from ..models.vae import FrozenVAE
 from . import ranks
 from .configs import EncodeLatentsConfig
-from .events import Advance, Begin, Event, Note, Result
-
-_WARNINGS_IN_FULL = 5
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What the whole run shares."""
-
-    config: EncodeLatentsConfig
-    folder: StoreFolder
-    source: ImageSource
-    vae: FrozenVAE
-    encoding: Encoding
-    plan: SplitPlan
-    rounding: RoundingTally
-    """Of the first rows that this process encodes."""
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """All views of one image, or why there are none."""
-
-    index: int
-    sha256: str = ""
-    pixels: Sequence[Pixels] = ()
-    reason: str = ""
-
-
-@dataclass
-class _Progress:
-    """What the run has done so far, for its events and its result."""
-
-    images: int
-    """Loaded, those of earlier runs included."""
-    images_this_run: int = 0
-    failed_this_run: int = 0
-    started: float = field(default_factory=time.perf_counter)
-    seconds: float = 0.0
-    """From the start to the last event."""
-
-    def advance(self) -> Advance:
-        """Tell how far the run has come. The bar's rate at the end and the result's are of the same time."""
-        self.seconds = time.perf_counter() - self.started
-        return Advance(done=self.images)
-
-    @property
-    def images_per_s(self) -> float:
-        return self.images_this_run / max(self.seconds, 1e-9)
+from .encoding.failures import WARNINGS_IN_FULL, refuse_failure, refuse_so_many, resume
+from .encoding.job import EncodingJob, latent_bytes, open_job, result, tell_classes, with_classes
+from .encoding.loading import EncodingProgress, load_image
+from .encoding.shards import encode_shard, images_of
+from .events import Begin, Event, Note, Result
 
 
 def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
     """Encode one split; the same call again resumes it.
 
     Raises:
-        ImageError: the source holds no image, or (strict) an image cannot be read.
+        ImageError: the source holds no image, or is gone (see `cache.place_errors`); more images than `max_failed`, or (strict) one, cannot be read.
         VAEError: the VAE cannot be found, or does not encode and decode images of this size.
         StoreError: every image failed, or a latent does not fit the dtype, or its rounding takes more than a percent of what a channel varies.
-        MismatchError: the store or the split belongs to another encoding or run.
+        MismatchError: the store or the split belongs to another encoding or run; or it has classes that `new_classes` refuses.
         OutputError: the store's path holds something else, cannot be written, or is being written by another process.
     """
+    check_split_name(config.split)
     pick_device(config.device)  # a wrong name is told before a million images are listed
     folder = open_folder(config.store)
     check_target(folder)
     source = open_source(config.images)
     yield from (Note(text=text) for text in source.notes)
-    job = _prepare(config, folder, source)
+    job = open_job(config, folder, source)
     state = target_state(folder, job.encoding, job.plan, overwrite=config.overwrite)
     if config.dry_run:
-        shape, megabytes = "x".join(map(str, job.encoding.latent_shape)), _latent_bytes(job) / 1e6
+        yield from tell_classes(with_classes(job).numbering)
+        shape, megabytes = "x".join(map(str, job.encoding.latent_shape)), latent_bytes(job) / 1e6
         yield Note(text=f"dry run, nothing is written: {job.plan.rows} rows of {shape} {config.dtype} would take {megabytes:.1f} MB uncompressed")
-        yield Result(value=_result(job, failed=0, images_per_s=None, already_complete=state == "complete"))
+        yield Result(value=result(job, failed=0, images_per_s=None, already_complete=state == "complete"))
         return
     if state == "complete":
         yield from _tell_complete(job)
@@ -122,60 +68,43 @@ def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
     yield Result(value=value)
 
 
-def _encode_split(job: _Job) -> Generator[Event, None, dict[str, Any]]:
+def _encode_split(job: EncodingJob) -> Generator[Event, None, dict[str, Any]]:
     """What is missing of the split; returns the result's value. Each rank encodes the shards that are its own, rank 0 creates and finishes."""
+    job = with_classes(job)
+    yield from tell_classes(job.numbering)
     config, rank = job.config, ranks.rank()
     if rank > 0:
         ranks.barrier()  # rank 0 creates it
     writer = SplitWriter(job.folder, job.encoding, job.plan, overwrite=config.overwrite, rank=rank, ranks=ranks.world_size())
     if rank == 0:
         ranks.barrier()
-    yield from _notes_on_resume(config, writer)
+    failed_before = yield from resume(job, writer)
     done = writer.rows_done // config.views
     yield Begin(task=ranks.task_of_share(f"encode {config.split}"), total=writer.rows_own // config.views, unit="images", done=done)
-    progress = _Progress(images=done)
+    progress = EncodingProgress(images=done, failed=failed_before)
     yield from _encode_shards(job, writer, progress)
-    counts = ranks.gather((progress.failed_this_run, progress.images_per_s))  # also the point where all ranks have written their shards
-    failed, images_per_s = (sum(values) for values in zip(*counts, strict=True))
-    if failed > _WARNINGS_IN_FULL:
-        yield Note(text=f"{failed} images could not be read; the manifest names each with its reason", warning=True)
+    # Also the point where all ranks have written their shards.
+    counts = ranks.gather((progress.failed_this_run, progress.images_per_s, progress.failed))
+    failed_this_run, images_per_s, failed = (sum(values) for values in zip(*counts, strict=True))
+    if failed_this_run > WARNINGS_IN_FULL:
+        yield Note(text=f"{failed_this_run} images could not be read; the manifest names each with its reason", warning=True)
+    refuse_so_many(job, failed)
     attributes = ranks.broadcast(writer.finish() if rank == 0 else None)
-    return _result(job, failed=attributes["failed"], images_per_s=images_per_s, already_complete=False)
+    return result(job, failed=attributes["failed"], images_per_s=images_per_s, already_complete=False)
 
 
-def _prepare(config: EncodeLatentsConfig, folder: StoreFolder, source: ImageSource) -> _Job:
-    """Load the VAE and settle every number that shapes the split."""
-    vae = FrozenVAE.load(config.vae, device=pick_device(config.device))
-    encoding = Encoding(vae=vae.identity(), image_size=config.image_size, latent_shape=vae.latent_shape(config.image_size), dtype=config.dtype)
-    items = source.items[: config.limit]
-    row_bytes = math.prod(encoding.latent_shape) * np.dtype(config.dtype).itemsize
-    rows = len(items) * config.views
-    chunk_rows, shard_rows = shard_layout(rows, config.views, row_bytes, batch_size=config.batch_size, shard_rows=config.shard_rows)
-    plan = SplitPlan(
-        name=config.split,
-        images=len(items),
-        views=config.views,
-        seed=config.seed,
-        source=source.name,
-        order_sha256=order_sha256(items),
-        chunk_rows=chunk_rows,
-        shard_rows=shard_rows,
-    )
-    return _Job(config, folder, source, vae, encoding, plan, RoundingTally(encoding.latent_shape))
-
-
-def _encode_shards(job: _Job, writer: SplitWriter, progress: _Progress) -> Iterator[Event]:
+def _encode_shards(job: EncodingJob, writer: SplitWriter, progress: EncodingProgress) -> Iterator[Event]:
     """All shards that are still to do: load ahead, encode here, write behind."""
     config = job.config
-    indices = (index for shard in writer.todo for index in _images_of(shard, config.views))
+    indices = (index for shard in writer.todo for index in images_of(shard, config.views))
     ahead = 2 * math.ceil(config.batch_size / config.views) + config.workers
     writing: Future[None] | None = None
     with (
         ThreadPoolExecutor(1, thread_name_prefix="revq-write") as write_pool,
-        closing(read_ahead(lambda index: _load(job, index), indices, workers=config.workers, ahead=ahead)) as loaded,
+        closing(read_ahead(lambda index: load_image(job, index), indices, workers=config.workers, ahead=ahead)) as loaded,
     ):
         for shard in writer.todo:
-            latents, rows = yield from _encode_shard(job, shard, loaded, progress)
+            latents, rows = yield from encode_shard(job, shard, loaded, progress)
             job.rounding.check(config.dtype)
             if writing is not None:
                 writing.result()  # at most one shard waits behind the one in hand: that bounds memory
@@ -184,156 +113,13 @@ def _encode_shards(job: _Job, writer: SplitWriter, progress: _Progress) -> Itera
             writing.result()
 
 
-def _encode_shard(
-    job: _Job, shard: Shard, loaded: Iterator[_Loaded], progress: _Progress
-) -> Generator[Event, None, tuple[NDArray[Any], list[ManifestRow]]]:
-    """The latents (rows of the shard,C,H,W) and the manifest rows of one shard; an event after each batch."""
-    config = job.config
-    latents = np.zeros((len(shard), *job.encoding.latent_shape), config.dtype)
-    rows: list[ManifestRow] = []
-    waiting: list[tuple[int, Pixels]] = []  # (row in the shard, pixels) not encoded yet
-    running: list[tuple[list[int], Tensor]] = []  # batches given to the device, not fetched yet
-    images = _images_of(shard, config.views)
-    for image in itertools.islice(loaded, len(images)):
-        first_row, last = len(rows), image.index == images[-1]
-        rows += _manifest_rows(job, image)
-        waiting += [(first_row + view, pixels) for view, pixels in enumerate(image.pixels)]
-        progress.images += 1
-        progress.images_this_run += 1
-        if image.reason:
-            yield from _report_failure(job, image, progress)
-        while len(waiting) >= config.batch_size or (waiting and last):
-            batch, waiting = waiting[: config.batch_size], waiting[config.batch_size :]
-            running.append(([row for row, _ in batch], _launch(job, [pixels.array for _, pixels in batch])))
-            if len(running) > 1:  # fetch a batch only when the next one is under way, so that a GPU never waits for the host
-                _fetch(job, *running.pop(0), latents, rows)
-            if not last:
-                yield progress.advance()
-    for positions, batch_latents in running:
-        _fetch(job, positions, batch_latents, latents, rows)
-    yield progress.advance()  # also where the last images cannot be read, and no batch ends with them
-    return latents, rows
-
-
-def _load(job: _Job, index: int) -> _Loaded:
-    """Read and decode one image with all its views; runs in a worker thread."""
-    config, item = job.config, job.source.items[index]
-    try:
-        data = job.source.read(index)
-    except OSError as error:
-        return _Loaded(index, reason=f"cannot be read: {error.strerror or error}")
-    sha256 = hashlib.sha256(data).hexdigest()
-    views = [View(config.seed, index, number) for number in range(config.views)]
-    try:
-        return _Loaded(index, sha256, load_views(data, config.image_size, views, box=item.box))
-    except UnreadableImage as error:
-        return _Loaded(index, sha256, reason=error.reason)
-
-
-def _launch(job: _Job, pixels: Sequence[NDArray[np.uint8]]) -> Tensor:
-    """pixels B x (3,S,S) -> latents (B,C,H,W) float32 on the VAE's device, which on a GPU are still being computed."""
-    images = torch.from_numpy(np.stack(pixels))
-    if job.vae.device.type == "cuda":
-        images = images.pin_memory()  # a copy from pageable memory would wait for the batch before
-    return job.vae.encode(images.to(job.vae.device, non_blocking=True).float().div_(127.5).sub_(1))
-
-
-def _fetch(job: _Job, positions: list[int], batch_latents: Tensor, latents: NDArray[Any], rows: Sequence[ManifestRow]) -> None:
-    """Bring a batch's latents (B,C,H,W) to `latents[positions]` in the store's dtype.
-
-    Raises:
-        StoreError: a value is not finite, in itself or in that dtype, or that dtype rounds off more than a percent of what a channel varies.
-    """
-    computed = batch_latents.cpu()
-    values = computed.to(getattr(torch, job.config.dtype))
-    finite = torch.isfinite(values).flatten(1).all(1)
-    if not bool(finite.all()):
-        key = rows[positions[int((~finite).nonzero()[0, 0])]].key
-        mend = "encode with --dtype float32 (and --overwrite)" if job.config.dtype == "float16" else "use another VAE or leave the image out"
-        raise StoreError(f"the latent of image {key} of {job.source.name} is not finite in {job.config.dtype}; {mend}")
-    latents[positions] = values.numpy()
-    if job.rounding.rows < ENOUGH_ROWS:
-        job.rounding.add(computed.numpy(), values.numpy())
-        if job.rounding.rows >= ENOUGH_ROWS:
-            job.rounding.check(job.config.dtype)
-
-
-def _manifest_rows(job: _Job, image: _Loaded) -> list[ManifestRow]:
-    """One row for each view, failed or not, so that no failure shifts another image's rows."""
-    item, views = job.source.items[image.index], job.config.views
-    common: dict[str, Any] = {"source": job.source.name, "key": item.key, "label": item.label, "class_name": item.class_name, "sha256": image.sha256}
-    if image.reason:
-        return [ManifestRow(row=image.index * views + view, view=view, status=FAILED, reason=image.reason, **common) for view in range(views)]
-    rows = []
-    for view, pixels in enumerate(image.pixels):
-        left, top, right, bottom = pixels.box
-        box: dict[str, Any] = {"left": left, "top": top, "right": right, "bottom": bottom, "flipped": pixels.flipped}
-        size: dict[str, Any] = {"width": pixels.width, "height": pixels.height}
-        rows.append(ManifestRow(row=image.index * views + view, view=view, status=OK, **common, **box, **size))
-    return rows
-
-
-def _report_failure(job: _Job, image: _Loaded, progress: _Progress) -> Iterator[Event]:
-    key = job.source.items[image.index].key
-    if job.config.strict:
-        raise ImageError(f"image {key} of {job.source.name} cannot be read ({image.reason}); mend or remove it, or leave out --strict")
-    progress.failed_this_run += 1
-    if progress.failed_this_run <= _WARNINGS_IN_FULL:
-        yield Note(text=f"image {key} cannot be read and is left out: {image.reason}", warning=True)
-
-
-def _notes_on_resume(config: EncodeLatentsConfig, writer: SplitWriter) -> Iterator[Event]:
-    """What an earlier run left: shards that hold, shards that do not, and (strict) failures."""
-    found = ranks.gather((writer.rows_done, [shard.index for shard in writer.damaged]))
-    rows_done, damaged = sum(rows for rows, _ in found), sorted(index for _, indices in found for index in indices)
-    if damaged:
-        names = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-        yield Note(text=f"{len(damaged)} shards do not match their checksum (number {names}) and are encoded again", warning=True)
-    if rows_done:
-        yield Note(text=f"resuming: {rows_done} of {writer.plan.rows} rows are there")
-    _refuse_failure(config, writer.first_failure() if config.strict else None)
-
-
-def _tell_complete(job: _Job) -> Iterator[Event]:
+def _tell_complete(job: EncodingJob) -> Iterator[Event]:
     config = job.config
     if ranks.rank() == 0:
         remove_progress(job.folder, config.split)
     split = LatentStore(job.folder, job.encoding)[config.split]
-    _refuse_failure(config, first_failure(split.read_file(manifest_key(config.split))) if config.strict and split.failed else None)
-    yield Note(text=f'split "{config.split}" of {job.folder.name} is complete already; --overwrite encodes it again')
-    yield Result(value=_result(job, failed=split.failed, images_per_s=None, already_complete=True))
-
-
-def _refuse_failure(config: EncodeLatentsConfig, failure: tuple[str, str] | None) -> None:
-    """Raises ImageError where an earlier run recorded a failure that `strict` does not allow."""
-    if failure:
-        key, reason = failure
-        raise ImageError(f"image {key} could not be read by an earlier run ({reason}); mend it and add --overwrite, or leave out --strict")
-
-
-def _result(job: _Job, *, failed: int, images_per_s: float | None, already_complete: bool) -> dict[str, Any]:
-    """The result's value; bytes are those on disk, or in a dry run those of the uncompressed latents."""
-    sizes = {} if job.config.dry_run else job.folder.sizes(job.config.split)
-    return {
-        "store": job.folder.name,
-        "split": job.config.split,
-        "rows": job.plan.rows,
-        "images": job.plan.images,
-        "failed": failed,
-        "skipped": job.source.skipped.counts(),
-        "latent_shape": list(job.encoding.latent_shape),
-        "bytes": _latent_bytes(job) if job.config.dry_run else sum(sizes.values()),
-        "fingerprint": job.encoding.fingerprint,
-        "images_per_s": images_per_s,
-        "already_complete": already_complete,
-        "dry_run": job.config.dry_run,
-    }
-
-
-def _latent_bytes(job: _Job) -> int:
-    return job.plan.rows * math.prod(job.encoding.latent_shape) * np.dtype(job.config.dtype).itemsize
-
-
-def _images_of(shard: Shard, views: int) -> range:
-    """Positions in the source of a shard's images; a shard holds whole images."""
-    return range(shard.start // views, shard.stop // views)
+    if config.strict and split.failed:
+        refuse_failure(failures(split.read_file(manifest_key(config.split)))[0], "mend it and add --overwrite")
+    failed = f" but for {split.failed} images that could not be read" if split.failed else ""
+    yield Note(text=f'split "{config.split}" of {job.folder.name} is complete already{failed}; --overwrite encodes it again')
+    yield Result(value=result(job, failed=split.failed, images_per_s=None, already_complete=True))

@@ -146,7 +146,7 @@ def test_images_that_cannot_be_read_are_recorded_and_shift_no_row(encode: Encode
 def test_after_five_warnings_only_a_count_follows(encode: Encode, odd_folder: Path) -> None:
     for number in range(8):
         (odd_folder / f"9{number}.png").write_bytes(b"x")
-    notes = [event.text for event in encode_latents(encode(images=str(odd_folder), limit=None)) if isinstance(event, Note)]
+    notes = [event.text for event in encode_latents(encode(images=str(odd_folder), limit=None, max_failed=1.0)) if isinstance(event, Note)]
     assert len(notes) == 6
     assert notes[-1].startswith("11 images could not be read")
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -119,13 +124,50 @@ def test_links_that_lead_back_end_and_are_told(tmp_path: Path) -> None:
 
 
 UNLISTABLE = {
-    "folders": ("{root}", "a class folder"),
-    "deep": ("{root}/ant", "a folder below it"),
-    "remote": ("local://{root}", "a class folder"),
-    "cached": ("simplecache::{root}", "a class folder"),
-    "glob": ("{root}/*/x*.tar", "a folder of a glob"),
-    "root": ("{root}/ant/deep", "the folder itself"),
+    "a class folder": "{root}/classes",
+    "a folder in a class folder": "{root}/deep",
+    "behind a URL": "local://{root}/classes",
+    "behind a cache": "simplecache::{root}/classes",
+    "a folder of a glob": "{root}/classes/*/x*.tar",
+    "the folder itself": "{root}/classes/bee",
 }
+LISTER = """
+import os, sys
+import fsspec.implementations.cached, fsspec.implementations.local
+from revq.cache.sources import open_source
+if os.getuid() == 0:  # root may list every folder; who nobody is may not read the installation, so that all is imported before
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+for spec in sys.argv[1:]:
+    try:
+        print("listed", len(open_source(spec).items))
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.fixture
+def locked_folders() -> Iterator[Path]:
+    """Class folders of which `classes/bee` and `deep/ant/in` may be listed by nobody. Not below `tmp_path`, which is its owner's alone."""
+    with tempfile.TemporaryDirectory(prefix="revq-test-") as folder:
+        root = plant(Path(folder), "classes/ant/1.jpg", "classes/bee/2.jpg", "classes/bee/x.tar", "deep/ant/1.jpg", "deep/ant/in/2.jpg")
+        locked = [root / "classes" / "bee", root / "deep" / "ant" / "in"]
+        root.chmod(0o755)
+        for path in locked:
+            path.chmod(0)
+        yield root
+        for path in locked:
+            path.chmod(0o700)
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_no_class_that_disappears(locked_folders: Path) -> None:
+    specs = [spec.format(root=locked_folders) for spec in UNLISTABLE.values()]
+    done = subprocess.run([sys.executable, "-c", LISTER, *specs], capture_output=True, text=True, cwd="/", check=True)
+    for kind, line in zip(UNLISTABLE, done.stdout.splitlines(), strict=True):
+        assert line.startswith("ImageError "), f"{kind}: {line}"
+        assert re.search("cannot be (listed|opened) .*Permission denied", line), f"{kind}: {line}"
+        assert "/bee" in line or "/ant/in" in line, f"{kind}: {line}"
 
 
 def test_a_name_that_is_not_utf8_is_listed_with_escapes_and_can_be_read(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from ...errors import ImageError
 from .items import ImageItem, ItemColumns, classes_of, iterate, name_column, printable
-from .places import FILE, FOLDER, Place, place_of
+from .place_errors import neighbours_gone
+from .places import FILE, FOLDER, Place, is_there, place_of
 from .skipped import BROKEN_LINK, EMPTY, Skipped
 
 _DECODED = {
@@ -45,17 +46,34 @@ class FolderSource:
         self.name = self._root.full_name
         check_folder(self._root)
         self.skipped = Skipped()
-        self._names, broken = _list_images(self._root, self.skipped)
+        self._names, self._broken = _list_images(self._root, self.skipped)
         self._items, self.notes = _label(self._root, self._names)
-        if broken:
-            self.notes = (*self.notes, f"{broken} images of {self.name} are links to nothing; they are recorded as unreadable")
+        if self._broken:
+            self.notes = (*self.notes, f"{len(self._broken)} images of {self.name} are links to nothing; they are recorded as unreadable")
 
     @property
     def items(self) -> Sequence[ImageItem]:
         return self._items
 
     def read(self, index: int) -> bytes:
-        return self._root.inside(os.fsdecode(self._names[index].as_py())).read()
+        """As `ImageSource.read`. Raises ImageError where an image is gone and its folder or most of its neighbours with it."""
+        place = self._place(index)
+        try:
+            return place.read()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if self._names[index].as_py() in self._broken:
+                raise
+            folder = place.at(os.path.dirname(place.path))
+            if not is_there(folder) or neighbours_gone(self._is_there, index, len(self._names)):
+                mend = f"bring {self.name} back as it was, then give the same command again to go on"
+                raise ImageError(f"{place} is gone, and so is its folder or what was beside it; {mend}") from error
+        return place.read()
+
+    def _place(self, index: int) -> Place:
+        return self._root.inside(os.fsdecode(self._names[index].as_py()))
+
+    def _is_there(self, index: int) -> bool:
+        return self._names[index].as_py() in self._broken or is_there(self._place(index))
 
 
 def check_folder(root: Place) -> None:
@@ -104,12 +122,12 @@ def splits_among(classes: Sequence[bytes], names: pa.LargeBinaryArray) -> list[b
     return splits if any(name.startswith(tops) and name.count(b"/") > 1 for name in iterate(names)) else []
 
 
-def _list_images(root: Place, skipped: Skipped) -> tuple[pa.LargeBinaryArray, int]:
-    """Names of all images under `root`, sorted by path within each class, and how many of them are links to nothing."""
+def _list_images(root: Place, skipped: Skipped) -> tuple[pa.LargeBinaryArray, set[bytes]]:
+    """Names of all images under `root`, sorted by path within each class, and those of them that are links to nothing."""
     flat: list[bytes] = []
     nested: list[bytes] = []
     folders: set[bytes] = set()
-    broken = 0
+    broken: set[bytes] = set()
     for path, kind in root.walk():
         name = os.fsencode(path)
         if skipped.set_aside(name + b"/" * (kind == FOLDER)):
@@ -118,7 +136,8 @@ def _list_images(root: Place, skipped: Skipped) -> tuple[pa.LargeBinaryArray, in
             folders.add(name.partition(b"/")[0])
         elif kind in {FILE, BROKEN_LINK} and is_image(name):
             (nested if b"/" in name else flat).append(name)
-            broken += kind == BROKEN_LINK
+            if kind == BROKEN_LINK:
+                broken.add(name)
         else:
             skipped.add(what_it_is(name) if kind == FILE else kind, name)
     if flat and nested:

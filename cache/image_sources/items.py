@@ -82,6 +82,13 @@ class ItemColumns(Sequence[ImageItem]):
             for name, label, number in columns:
                 yield ImageItem(printable(name), label, self._class_name(number))
 
+    def classes(self) -> list[tuple[str, int]]:
+        """Every (class name, label) that there is, once."""
+        rows = np.asarray(self._rows)
+        _, first = np.unique(self._labels[rows].astype(np.int64) << 32 | self._class_numbers[rows].astype(np.int64) + 1, return_index=True)
+        columns = zip(self._class_numbers[rows[first]].tolist(), self._labels[rows[first]].tolist(), strict=True)
+        return [(self._class_name(number), label) for number, label in columns]
+
     def _class_name(self, number: int) -> str:
         return self._class_names[number] if number < len(self._class_names) else ""
 

@@ -137,8 +137,8 @@ class ParquetSource:
             raise
 
     def _start(self, part: Part, position: int, batch_rows: int) -> Iterator[pa.RecordBatch]:
-        if size_of(part.place) != part.size:
-            raise ImageError(f"{part.place} has changed since it was listed; give the same command again once it is whole")
         with damage(part.place):
+            if size_of(part.place) != part.size:
+                raise ImageError(f"{part.place} has changed since it was listed; give the same command again once it is whole")
             file = open_parquet(part.place, metadata=part.metadata)
             return file.iter_batches(batch_rows, row_groups=[position], columns=[self._columns.image])

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from ...errors import ImageError
 from .items import NO_LABEL
+from .place_errors import place_errors
 from .places import Place, RandomFile
 
 _BUFFER_BYTES = 4 << 20  # read at once from a column: without it, pyarrow reads all of a row group's bytes first
@@ -75,18 +76,18 @@ def size_of(place: Place) -> int:
 
 @contextmanager
 def damage(place: Place) -> Iterator[None]:
-    """What pyarrow raises on damaged pages, as the OSError of an image that cannot be read."""
+    """What pyarrow raises on damaged pages, as the OSError of an image that cannot be read. Raises ImageError where the place fails."""
     try:
-        yield
+        with place_errors(place, archive=True):
+            yield
     except (pa.ArrowException, OSError) as error:
         raise OSError(f"{place.base} is damaged there ({' '.join(str(error).split())[:150]})") from error
 
 
 def read_footer(place: Place) -> Part:
     try:
-        size = size_of(place)
-        with open_parquet(place) as file:
-            return Part(place, size, file.metadata)
+        with place_errors(place, archive=True), open_parquet(place) as file:
+            return Part(place, size_of(place), file.metadata)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:150]
         raise ImageError(f"{place} is no Parquet file, or is cut off ({reason}); fetch it again") from error

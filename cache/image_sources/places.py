@@ -18,6 +18,7 @@ from threading import Lock
 from typing import Any, Protocol
 
 from ...errors import ImageError
+from .place_errors import place_errors
 from .skipped import BROKEN_LINK, LINK_AROUND, SPECIAL, STORE, is_aside
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
@@ -139,9 +140,9 @@ class Place:
         return _LocalFile(self.path) if self.filesystem is None else _RemoteFile(self)
 
     def read(self) -> bytes:
-        """The whole file. Raises OSError, and ImageError where a server fails."""
+        """The whole file. Raises OSError, and ImageError where a server or the place fails (see `place_errors`)."""
         if self.filesystem is None:
-            with open(self.path, "rb") as file:
+            with place_errors(self), open(self.path, "rb") as file:
                 return file.read()
         return _retry(self, lambda: self.filesystem.cat_file(self.path))
 
@@ -213,6 +214,12 @@ class OpenFiles:
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
         return file
+
+
+def is_there(place: Place) -> bool:
+    """Raises ImageError where that cannot be found out."""
+    with place_errors(place):
+        return place.kind() is not None
 
 
 def relative_names(places: Sequence[Place]) -> list[str]:
@@ -290,8 +297,11 @@ def _retry(place: Place, work: Any) -> Any:
         try:
             with turn(place.filesystem):
                 return work()
-        except (FileNotFoundError, PermissionError):
+        except FileNotFoundError:
             raise
+        except PermissionError:
+            with place_errors(place):
+                raise
         except Exception as error:
             if attempt == _ATTEMPTS - 1:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -10,6 +10,7 @@ import pyarrow as pa
 from ...errors import ImageError
 from .folder import IMAGE_SUFFIXES, is_image
 from .items import ImageItem, ItemColumns
+from .place_errors import place_errors
 from .places import REMOTE_THREADS, OpenFiles, Place, RandomFile
 from .skipped import BROKEN_LINK, SPECIAL, Skipped
 from .tar_index import BLOCK, Member, TarWalk
@@ -48,7 +49,8 @@ class TarSource:
             raise OSError("a link to nothing in the archive")
         if offset == NO_IMAGE:
             raise OSError(f"the sample has no image: no member KEY{{{','.join(sorted(IMAGE_SUFFIXES))}}}")
-        data = self._files[number].read_at(offset - BLOCK, BLOCK + size)
+        with place_errors(self._files.places[number], archive=True):
+            data = self._files[number].read_at(offset - BLOCK, BLOCK + size)
         if len(data) != BLOCK + size or crc32(data[:BLOCK]) != crc:
             raise ImageError(f"{self._files.places[number]} has changed since it was listed; give the same command again once it is whole")
         return data[BLOCK:]

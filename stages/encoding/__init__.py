@@ -1,0 +1,1 @@
+"""What encode-latents is made of; the story is `stages/encode_latents.py`."""
