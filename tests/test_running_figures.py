@@ -16,12 +16,12 @@ from training_runs import config, metrics_of
 from revq.models.codebooks import load_codebooks
 from revq.pipeline.progress import show
 from revq.pipeline.summaries import finish
-from revq.stages import fit_codebooks as fitting
 from revq.stages.configs import EncodeLatentsConfig, FitCodebooksConfig
 from revq.stages.encode_latents import encode_latents
 from revq.stages.evaluate import evaluate
 from revq.stages.events import Advance, Begin, Event
 from revq.stages.fit_codebooks import fit_codebooks
+from revq.stages.fitting import codebook_blocks
 from revq.stages.train_rectifier import train_rectifier
 
 pytestmark = pytest.mark.usefixtures("empty_torch_home")
@@ -83,7 +83,7 @@ def fit(small_store: Path, out: Path) -> Iterator[Event]:
 def test_the_error_at_the_end_of_k_means_is_that_of_the_summary(
     small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
 ) -> None:
-    monkeypatch.setattr(fitting, "_BLOCK_BYTES", 3 * 120 * 32 * 4)  # blocks of two and of three of the 64 codebooks
+    monkeypatch.setattr(codebook_blocks, "_BLOCK_BYTES", 3 * 120 * 32 * 4)  # blocks of two and of three of the 64 codebooks
     if resumed:
         events = fit(small_store, tmp_path / "out")
         assert next(event.done for event in events if isinstance(event, Advance) and event.values and event.done > 30) == 32
@@ -123,7 +123,7 @@ def test_the_psnr_at_every_point_of_an_evaluation_is_the_mean_of_what_was_seen(t
 
     images = flat_folder(tmp_path / "images", imagenet_sample, 7)
     (images / "03-broken.jpg").write_bytes(b"no picture")
-    events = list(evaluate(config_for(tokenizer_folder, images, tmp_path / "out", batch_size=3, tolerance_images=2)))
+    events = list(evaluate(config_for(tokenizer_folder, images, tmp_path / "out", batch_size=3, tolerance=True, tolerance_images=2)))
     begun = [event.task for event in events if isinstance(event, Begin)]
     assert begun == ["evaluate", "tolerance"]
     advances = [event for event in events if isinstance(event, Advance)]
@@ -141,7 +141,7 @@ def test_the_psnr_on_the_terminal_is_that_of_the_table(
     tokenizer_folder: Path, imagenet_sample: Path, tmp_path: Path, revq_cli: Callable[..., Any]
 ) -> None:
     images = flat_folder(tmp_path / "images", imagenet_sample, 6)
-    options = ["--batch-size", 4, "--no-download", "--tolerance-images", 0, "--device", "cpu"]
+    options = ["--batch-size", 4, "--no-download", "--no-tolerance", "--device", "cpu"]
     lines = revq_cli("evaluate", tokenizer_folder, images, tmp_path / "out", *options).stdout.splitlines()
     progress = next(line for line in lines if line.startswith("evaluate: 6/6 images"))
     assert progress.endswith(f"rectified psnr {next(line for line in lines if line.startswith('rectified')).split()[2]} dB")
@@ -151,7 +151,7 @@ def test_a_rank_says_that_its_figures_are_of_its_own_share(
     tokenizer_folder: Path, imagenet_sample: Path, tmp_path: Path, torchrun: Callable[..., Any]
 ) -> None:
     images = flat_folder(tmp_path / "images", imagenet_sample, 5)
-    options = ["--batch-size", 2, "--no-download", "--tolerance-images", 0, "--device", "cpu"]
+    options = ["--batch-size", 2, "--no-download", "--no-tolerance", "--device", "cpu"]
     done = torchrun(2, "evaluate", tokenizer_folder, images, tmp_path / "out", *options)
     assert "evaluate (rank 0 of 2): 3 images" in done.stdout
     assert re.search(r"evaluate \(rank 0 of 2\): 3/3 images .*rectified psnr [0-9.]+ dB", done.stdout)
