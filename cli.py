@@ -1,7 +1,7 @@
 """The command line: parse the options, make the stage's config, run it, show what comes. No logic lives here, and no default.
 
 Stages are imported inside the commands, so that `revq --help` does not wait for torch. Exit codes: 0 done, 2 wrong usage, and those
-of `pipeline.progress.one_line_errors`: 1 an error, 130 or 143 interrupted.
+of `pipeline.exit_codes.one_line_errors`: 1 an error, 130 or 143 interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import typer
 
 from . import __version__
 from .pipeline.distributed import process_group
-from .pipeline.progress import finish, one_line_errors, show
+from .pipeline.exit_codes import one_line_errors
+from .pipeline.progress import show
+from .pipeline.summaries import finish
 from .stages.configs import (
     Described,
     EncodeLatentsConfig,

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import pexpect
 import pytest
 
-from revq.pipeline.progress import Meter, finish, show
+from revq.pipeline.progress import show
+from revq.pipeline.summaries import finish
 from revq.stages.events import Advance, Begin, Event, Note, Result
 
 
@@ -54,35 +55,69 @@ def test_progress_goes_to_standard_error_when_json_is_asked():
     assert "encode train: 20/20 images" in err
 
 
+class Clock:
+    """Shows the time that it is set to, in seconds."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def paced(begin: Begin, *advances: tuple[float, Advance]) -> list[str]:
+    """The lines of work whose advances come at these seconds after its begin."""
+    clock, out = Clock(), io.StringIO()
+
+    def events() -> Iterator[Event]:
+        yield begin
+        for clock.now, advance in advances:
+            yield advance
+        yield Result(value={})
+
+    with redirect_stdout(out):
+        show(events(), as_json=False, clock=clock)
+    return out.getvalue().splitlines()
+
+
 def test_resumed_work_says_what_was_done_before_and_its_rate_counts_only_this_run():
-    _, out, _ = shown(work(20, done=15))
-    assert "encode train: 20 images, 15 done before" in out
-    meter = Meter(Begin(task="t", total=100, unit="steps", done=50), now=0.0)
-    meter.advance(Advance(done=60), now=5.0)
-    assert meter.rate_per_s() == pytest.approx(2.0)
-    assert meter.remaining_s() == pytest.approx(20.0)
+    lines = paced(Begin(task="t", total=100, unit="steps", done=50), (5.0, Advance(done=60)), (20.0, Advance(done=100)))
+    assert lines == [
+        "t: 100 steps, 50 done before",
+        "t: 60/100 steps (60 %), 2.0 steps/s now, 0:05 elapsed, 0:20 left",
+        "t: 100/100 steps (100 %), 2.5 steps/s, took 0:20",
+    ]
 
 
-def test_the_rate_follows_the_last_half_minute():
-    meter = Meter(Begin(task="t", total=10_000, unit="steps"), now=0.0)
-    for second in range(1, 101):
-        meter.advance(Advance(done=second), now=float(second))
-    for second in range(101, 161):
-        meter.advance(Advance(done=100 + 10 * (second - 100)), now=float(second))
-    assert meter.rate_per_s() == pytest.approx(10.0, rel=0.05)
+def test_the_rate_follows_the_last_half_minute_and_that_of_finished_work_is_of_the_whole():
+    slow = [(float(second), Advance(done=second)) for second in range(1, 101)]
+    fast = [(float(second), Advance(done=100 + 10 * (second - 100))) for second in range(101, 161)]
+    lines = paced(Begin(task="t", total=1600, unit="steps"), *slow, *fast, (400.0, Advance(done=1600)))
+    assert "t: 100/1600 steps (6 %), 1.0 steps/s now, 1:40 elapsed, 25:00 left" in lines
+    assert "t: 160/1600 steps (10 %), 2.8 steps/s now, 1:46 elapsed, 8:35 left" in lines
+    assert "t: 640/1600 steps (40 %), 10.0 steps/s now, 2:34 elapsed, 1:36 left" in lines
+    assert lines[-1] == "t: 1600/1600 steps (100 %), 4.0 steps/s, took 6:40"
 
 
 def test_a_slow_unit_is_told_in_seconds_each_and_nothing_is_told_before_the_first():
-    meter = Meter(Begin(task="t", total=10, unit="codebooks"), now=0.0)
-    assert (meter.rate(), meter.remaining_s()) == ("", None)
-    meter.advance(Advance(done=1), now=90.0)
-    assert meter.rate() == "90.0 s each now"
-    assert meter.remaining_s() == pytest.approx(810.0)
+    advances = [(20.0, Advance(done=0, values={"mse": 0.5})), (90.0, Advance(done=1)), (200.0, Advance(done=2))]
+    assert paced(Begin(task="t", total=10, unit="codebooks"), *advances) == [
+        "t: 10 codebooks",
+        "t: 0/10 codebooks (0 %), 0:20 elapsed, ?:?? left, mse 0.5",
+        "t: 1/10 codebooks (10 %), 90.0 s each now, 1:30 elapsed, 13:30 left, mse 0.5",
+        "t: 2/10 codebooks (20 %), 110.0 s each now, 3:20 elapsed, 14:40 left, mse 0.5",
+    ]
+
+
+def test_a_long_run_says_less_often_how_far_it_is():
+    lines = paced(Begin(task="t", total=100_000, unit="steps"), *((float(second), Advance(done=second)) for second in range(1, 7201)))
+    assert 200 < len(lines) < 210  # not 721
+    assert lines[-1].endswith("2:00:00 elapsed, 25:46:40 left")
 
 
 def test_no_work_at_all_is_finished_work():
-    meter = Meter(Begin(task="t", total=0, unit="images"), now=0.0)
-    assert (meter.percent, meter.rate_per_s()) == (100, None)
+    assert paced(Begin(task="t", total=0, unit="images"), (1.0, Advance(done=0))) == ["t: 0 images"]
+    program = TERMINAL_PROGRAM.replace("total=1281167", "total=0").replace("done=1000", "done=0")
+    assert "100 % 0/0 images" in on_a_terminal(program, 80)
 
 
 def test_control_characters_in_a_file_name_do_not_reach_the_terminal():
@@ -143,7 +178,7 @@ def on_a_terminal(program: str, columns: int, **environment: str) -> str:
     return str(child.before)
 
 
-@pytest.mark.parametrize("columns", [40, 80, 120])
+@pytest.mark.parametrize("columns", [40, 60, 80, 120])
 def test_the_bar_on_a_terminal_has_rate_and_time_and_never_overflows(columns: int):
     text = on_a_terminal(TERMINAL_PROGRAM, columns)
     assert "\x1b[" in text
@@ -231,14 +266,14 @@ def test_json_has_no_infinity():
 
 
 def test_out_of_memory_is_one_line_that_names_the_batch_size():
-    program = "from revq.pipeline.progress import one_line_errors\nwith one_line_errors():\n    raise MemoryError"
+    program = "from revq.pipeline.exit_codes import one_line_errors\nwith one_line_errors():\n    raise MemoryError"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "revq: error: out of memory; free some, or give a smaller --batch-size where there is one (what is finished is kept)\n"
 
 
 def test_a_fault_of_revq_itself_keeps_its_traceback():
-    program = "from revq.pipeline.progress import one_line_errors\nwith one_line_errors():\n    raise KeyError('x')"
+    program = "from revq.pipeline.exit_codes import one_line_errors\nwith one_line_errors():\n    raise KeyError('x')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" in done.stderr

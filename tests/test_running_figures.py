@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,13 +14,14 @@ from test_evaluate import config_for, flat_folder
 from training_runs import config, metrics_of
 
 from revq.models.codebooks import load_codebooks
-from revq.pipeline.progress import Meter, finish
-from revq.stages import fit_codebooks as fitting
+from revq.pipeline.progress import show
+from revq.pipeline.summaries import finish
 from revq.stages.configs import EncodeLatentsConfig, FitCodebooksConfig
 from revq.stages.encode_latents import encode_latents
 from revq.stages.evaluate import evaluate
-from revq.stages.events import Advance, Begin, Event, Result
+from revq.stages.events import Advance, Begin, Event
 from revq.stages.fit_codebooks import fit_codebooks
+from revq.stages.fitting import codebook_blocks
 from revq.stages.train_rectifier import train_rectifier
 
 pytestmark = pytest.mark.usefixtures("empty_torch_home")
@@ -29,17 +29,22 @@ OWN_NAMES = {"loss", "codebook_loss", "codebook_usage", "images/s", "weights_of_
 """What train-rectifier shows of its last steps, and of the tokenizer it would make; the last is in its summary too."""
 
 
-def watched(events: Iterator[Event]) -> tuple[dict[str, Meter], Mapping[str, Any]]:
-    """The meter of every task at its end, and the stage's result."""
-    meters: dict[str, Meter] = {}
-    for event in events:
-        if isinstance(event, Begin):
-            meters[event.task] = meter = Meter(event, time.monotonic())
-        elif isinstance(event, Advance):
-            meter.advance(event, time.monotonic())
-        elif isinstance(event, Result):
-            return meters, event.value
-    raise AssertionError("no result")
+def watched(events: Iterator[Event]) -> tuple[dict[str, dict[str, float]], str, Mapping[str, Any]]:
+    """The figures of every task at its end, the lines that are shown, and the stage's result."""
+    figures: dict[str, dict[str, float]] = {}
+
+    def seen() -> Iterator[Event]:
+        for event in events:
+            if isinstance(event, Begin):
+                figures[event.task] = {}
+            elif isinstance(event, Advance):
+                list(figures.values())[-1].update(event.values)
+            yield event
+
+    out = io.StringIO()
+    with redirect_stdout(out):
+        value = show(seen(), as_json=False)
+    return figures, out.getvalue(), value
 
 
 def summary(command: str, value: Mapping[str, Any]) -> str:
@@ -52,12 +57,11 @@ def summary(command: str, value: Mapping[str, Any]) -> str:
 def test_the_rate_at_the_end_of_encoding_is_that_of_the_summary(imagenet_sample: Path, taef2: str, tmp_path: Path) -> None:
     settings = {"vae": taef2, "split": "val", "image_size": 64, "limit": 20, "workers": 2, "batch_size": 4, "shard_rows": 8}
     images, store = str(imagenet_sample / "val"), str(tmp_path / "latents.zarr")
-    meters, value = watched(encode_latents(EncodeLatentsConfig(images=images, store=store, **settings)))
-    meter = meters["encode val"]
-    assert meter.finished
-    assert not meter.values
-    assert meter.rate_per_s() == pytest.approx(value["images_per_s"], rel=1e-3)
-    assert float(meter.rate().split()[0]) == pytest.approx(float(re.findall(r"images per s +(\S+)", summary("encode-latents", value))[0]), rel=0.02)
+    _, lines, value = watched(encode_latents(EncodeLatentsConfig(images=images, store=store, **settings)))
+    shown = re.findall(r"^encode val: 20/20 images \(100 %\), (\S+) images/s, took \d:\d\d$", lines, re.MULTILINE)
+    summed_up = re.findall(r"images per s +(\S+)", summary("encode-latents", value))
+    assert [float(rate) for rate in shown] == [pytest.approx(value["images_per_s"], rel=0.02)]
+    assert [float(rate) for rate in summed_up] == [pytest.approx(value["images_per_s"], rel=0.02)]
 
 
 def test_encoding_is_finished_where_the_last_images_cannot_be_read(imagenet_sample: Path, taef2: str, tmp_path: Path) -> None:
@@ -65,8 +69,9 @@ def test_encoding_is_finished_where_the_last_images_cannot_be_read(imagenet_samp
     for name in ("04.jpg", "05.jpg"):
         (images / name).write_bytes(b"no picture")
     settings = {"vae": taef2, "image_size": 64, "workers": 2, "batch_size": 4, "shard_rows": 6}
-    meters, value = watched(encode_latents(EncodeLatentsConfig(images=str(images), store=str(tmp_path / "latents.zarr"), **settings)))
-    assert (value["failed"], meters["encode train"].counts()) == (2, "6/6 images")
+    _, lines, value = watched(encode_latents(EncodeLatentsConfig(images=str(images), store=str(tmp_path / "latents.zarr"), **settings)))
+    assert value["failed"] == 2
+    assert "encode train: 6/6 images (100 %), " in lines
 
 
 def fit(small_store: Path, out: Path) -> Iterator[Event]:
@@ -78,15 +83,14 @@ def fit(small_store: Path, out: Path) -> Iterator[Event]:
 def test_the_error_at_the_end_of_k_means_is_that_of_the_summary(
     small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
 ) -> None:
-    monkeypatch.setattr(fitting, "_BLOCK_BYTES", 3 * 120 * 32 * 4)  # blocks of two and of three of the 64 codebooks
+    monkeypatch.setattr(codebook_blocks, "_BLOCK_BYTES", 3 * 120 * 32 * 4)  # blocks of two and of three of the 64 codebooks
     if resumed:
         events = fit(small_store, tmp_path / "out")
         assert next(event.done for event in events if isinstance(event, Advance) and event.values and event.done > 30) == 32
         events.close()  # type: ignore[attr-defined]
-    meters, value = watched(fit(small_store, tmp_path / "out"))
-    assert meters["k-means (torch)"].begin.done == (32 if resumed else 0)
-    assert set(meters["k-means (torch)"].values) == {"coordinate_mse"}
-    assert meters["k-means (torch)"].values["coordinate_mse"] == pytest.approx(value["coordinate_mse"], rel=1e-6)
+    figures, lines, value = watched(fit(small_store, tmp_path / "out"))
+    assert ("k-means (torch): 64 codebooks, 32 done before" in lines) == resumed
+    assert figures["k-means (torch)"] == {"coordinate_mse": pytest.approx(value["coordinate_mse"], rel=1e-6)}
     assert load_codebooks(tmp_path / "out").codebooks.shape[0] == 64
 
 
@@ -102,8 +106,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", TRAININGS)
 def test_the_errors_at_the_end_of_training_are_those_of_the_summary(case: str, small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
     settings = config(small_store, small_codebooks, tmp_path / "run", **TRAININGS[case])
-    meters, value = watched(train_rectifier(settings))
-    shown = [meter for task, meter in meters.items() if task.startswith("train")][-1].values
+    figures, _, value = watched(train_rectifier(settings))
+    shown = [figures[task] for task in figures if task.startswith("train")][-1]
     own = {name: figure for name, figure in shown.items() if name in value}
     assert {"val_mse_quantized", "val_mse_rectified"} <= set(own)
     assert {name: value[name] for name in own} == own
@@ -119,7 +123,7 @@ def test_the_psnr_at_every_point_of_an_evaluation_is_the_mean_of_what_was_seen(t
 
     images = flat_folder(tmp_path / "images", imagenet_sample, 7)
     (images / "03-broken.jpg").write_bytes(b"no picture")
-    events = list(evaluate(config_for(tokenizer_folder, images, tmp_path / "out", batch_size=3, tolerance_images=2)))
+    events = list(evaluate(config_for(tokenizer_folder, images, tmp_path / "out", batch_size=3, tolerance=True, tolerance_images=2)))
     begun = [event.task for event in events if isinstance(event, Begin)]
     assert begun == ["evaluate", "tolerance"]
     advances = [event for event in events if isinstance(event, Advance)]
@@ -137,7 +141,7 @@ def test_the_psnr_on_the_terminal_is_that_of_the_table(
     tokenizer_folder: Path, imagenet_sample: Path, tmp_path: Path, revq_cli: Callable[..., Any]
 ) -> None:
     images = flat_folder(tmp_path / "images", imagenet_sample, 6)
-    options = ["--batch-size", 4, "--no-download", "--tolerance-images", 0, "--device", "cpu"]
+    options = ["--batch-size", 4, "--no-download", "--no-tolerance", "--device", "cpu"]
     lines = revq_cli("evaluate", tokenizer_folder, images, tmp_path / "out", *options).stdout.splitlines()
     progress = next(line for line in lines if line.startswith("evaluate: 6/6 images"))
     assert progress.endswith(f"rectified psnr {next(line for line in lines if line.startswith('rectified')).split()[2]} dB")
@@ -147,15 +151,7 @@ def test_a_rank_says_that_its_figures_are_of_its_own_share(
     tokenizer_folder: Path, imagenet_sample: Path, tmp_path: Path, torchrun: Callable[..., Any]
 ) -> None:
     images = flat_folder(tmp_path / "images", imagenet_sample, 5)
-    options = ["--batch-size", 2, "--no-download", "--tolerance-images", 0, "--device", "cpu"]
+    options = ["--batch-size", 2, "--no-download", "--no-tolerance", "--device", "cpu"]
     done = torchrun(2, "evaluate", tokenizer_folder, images, tmp_path / "out", *options)
     assert "evaluate (rank 0 of 2): 3 images" in done.stdout
     assert re.search(r"evaluate \(rank 0 of 2\): 3/3 images .*rectified psnr [0-9.]+ dB", done.stdout)
-
-
-def test_a_rate_of_the_last_half_minute_is_called_that_of_now() -> None:
-    meter = Meter(Begin(task="t", total=100, unit="images"), now=0.0)
-    meter.advance(Advance(done=50), now=10.0)
-    assert meter.rate() == "5.0 images/s now"
-    meter.advance(Advance(done=100), now=50.0)
-    assert meter.rate() == "2.0 images/s"
