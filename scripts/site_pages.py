@@ -124,8 +124,8 @@ def presets() -> str:
     assert sorted(said) == preset_names()
     parts = []
     for table in TABLES:
-        keys = dict.fromkeys(key for tables in said.values() for key in tables[table] if key not in ("train", "val"))
-        rows = [(f"`{key}`", *(_cell(said[name][table].get(key)) for name in _PRESETS)) for key in keys]
+        keys = dict.fromkeys(key for tables in said.values() for key in tables.get(table, {}) if key not in ("train", "val"))
+        rows = [(f"`{key}`", *(_cell(said[name].get(table, {}).get(key)) for name in _PRESETS)) for key in keys]
         if rows:
             parts.append(f"### {table}\n\n{_table(('', *(f'`{name}`' for name in _PRESETS)), rows)}")
     return "\n\n".join(parts)

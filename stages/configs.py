@@ -173,7 +173,7 @@ class TrainRectifierConfig(StageConfig):
     """AdamW's, on the rectifier."""
     block: Annotated[Literal["conv", "efficientvit"], Setting(panel="Advanced")] = "conv"
     """Kind of block.
-    efficientvit is the paper's; conv gained more in short runs (docs/rectifier.md)."""
+    efficientvit is the paper's; conv gained more in short runs (docs/notes/rectifier.md)."""
     decoder_batch_size: Annotated[int, Setting(panel="Advanced", at_least=1)] = 32
     """Latents in a step of --decoder-steps, on all ranks together."""
     evaluations: Annotated[int, Setting(panel="Advanced", at_least=1)] = 20
