@@ -21,6 +21,7 @@ from revq.pipeline.config import _SET_BY_RUN, TABLES, preset_names
 from revq.stages.configs import DC_AE, Described, describe
 
 _MARK = re.compile(r"<!-- made: (\w+)(?: ([\w-]+))? -->")
+_PAGE = re.compile(r"docs/([\w/-]+)\.md")
 _KINDS = {int: "whole number", float: "number", str: "text"}
 _PRESETS = ("demo", "revq-512", "paper-512", "paper-256-64k", "paper-256-256k")
 
@@ -83,7 +84,8 @@ def _default(one: Described) -> str:
 
 
 def _meaning(one: Described) -> str:
-    return " ".join(filter(None, [one.help, one.details, _allowed(one)]))
+    text = " ".join(filter(None, [one.help, one.details, _allowed(one)]))
+    return _PAGE.sub(r"[\1](../\1.md)", text)
 
 
 def _allowed(one: Described) -> str:

@@ -61,7 +61,7 @@ class EncodeLatentsConfig(StageConfig):
 
     images: str
     """Folder of images or of class folders, .tar, WebDataset shards or .parquet: path, glob or URL.
-    See `cache.sources.open_source`; "photographs:train" and "photographs:held-out" are the embedded ones."""
+    All kinds: docs/reference/images.md."""
     store: str
     """Latent store to make or add a split to: a path or s3:// URL."""
     vae: Annotated[str, Setting(panel="Data")] = DC_AE
@@ -225,7 +225,7 @@ class EvaluateConfig(StageConfig):
     """The decoder's; encoder and features are always float32."""
     refine: Annotated[int, Setting(panel="Method", at_least=0)] = 0
     """Steps of the search for better tokens, image by image; 16 is much.
-    Each costs a pass through the decoder and back (see `models/refine.py`)."""
+    Each costs a pass through the decoder and back (docs/notes/refined-tokens.md)."""
     limit: Annotated[int | None, Setting(panel="Data", at_least=1, none="all")] = None
     """Use only the first so many images."""
     vae: Annotated[str | None, Setting(panel="Data", none="as in the tokenizer")] = None
