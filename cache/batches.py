@@ -353,7 +353,7 @@ def open_reader(
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, pinned: bool) -> Tensor:
-    """`torch.empty`, on the host from numpy, which asks for large pages: filling it takes a sixth of the time (docs/store.md)."""
+    """`torch.empty`, on the host from numpy, which asks for large pages: filling it takes a sixth of the time (docs/notes/store.md)."""
     if pinned or device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
     return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

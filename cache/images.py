@@ -5,7 +5,7 @@ resize with Pillow's antialiased bilinear filter so that the shorter side is S; 
 `torchvision.transforms.Resize(S)` and `CenterCrop(S)` on a Pillow image.
 
 Formats: BMP, GIF, JPEG (with MPO), PNG, PPM, TIFF, WebP, told by their content and not by the file's name. The decoder's own downscaling
-of JPEG is not used: it changes pixels (docs/images.md).
+of JPEG is not used: it changes pixels (docs/notes/images.md).
 
 To RGB: grey is repeated; palettes are looked up; CMYK, YCCK and YCbCr are converted by Pillow, Adobe's inverted ones too; transparency is
 laid over white; of 16 bits the upper 8 are kept (a single transparent colour of 16 bits is not looked for).

@@ -1,7 +1,7 @@
 """Reading whole shards of a split's `latents` into memory that is there already.
 
 zarr-python reads a shard through an event loop and fills the result with the fill value before it copies every chunk into it, which is ten times
-slower than reading the file (docs/store.md). Here a shard's index is parsed, and each chunk that is wanted goes straight to where it belongs; its
+slower than reading the file (docs/notes/store.md). Here a shard's index is parsed, and each chunk that is wanted goes straight to where it belongs; its
 checksum and its values are looked at while they are in the processor's cache. Layouts that are not known here go the plain zarr way, and a test
 compares the two.
 
@@ -226,7 +226,7 @@ def all_finite(values: NDArray[Any]) -> bool:
     """Whether no value (float16, float32 or float64) is NaN or infinite.
 
     Those are the values whose exponent bits are all set: the largest signed and unsigned integers with the same bits. Two integer maxima run at
-    the speed of memory; `np.isfinite` on float16 is ten times slower, `torch.isfinite` ninety times (docs/store.md).
+    the speed of memory; `np.isfinite` on float16 is ten times slower, `torch.isfinite` ninety times (docs/notes/store.md).
     """
     bits = values.dtype.itemsize * 8
     infinity = int(np.array(np.inf, values.dtype).view(f"i{bits // 8}"))

@@ -292,7 +292,7 @@ class SplitWriter:
             chunks=(self.plan.chunk_rows, *shape),
             shards=(self.plan.shard_rows, *shape),
             dtype=self.encoding.dtype,
-            # Latents hardly compress (8 % at best), so what decodes fastest (docs/store.md); crc32c finds a flipped bit on read. Zarr calls
+            # Latents hardly compress (8 % at best), so what decodes fastest (docs/notes/store.md); crc32c finds a flipped bit on read. Zarr calls
             # Blosc outside the main thread, where it uses no threads of its own and so gives the same bytes each time.
             compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
             fill_value=math.nan,  # so that a lost file reads as NaN, which no reader takes for data

@@ -43,7 +43,7 @@ def bf16_is_fast(device: torch.device) -> bool:
     with AVX512-BF16 or AMX.
 
     By instructions and not by a timing, which would come out differently on a busy machine, and with it the weights. They are enough: where a
-    CPU has them, both kinds of rectifier are faster in bf16 at every width worth training (docs/rectifier.md).
+    CPU has them, both kinds of rectifier are faster in bf16 at every width worth training (docs/notes/training-speed.md).
     """
     if device.type == "cuda":
         with torch.cuda.device(device):

@@ -46,7 +46,7 @@ def _refine(quantizer: MultiGroupQuantizer, decode: Decode, images: Tensor, coor
     best = indices = quantizer.encode(coordinates)
     least, gradient = _error_and_gradient(quantizer, decode, images, indices)
     # The quantization error is the natural length of a step: a much shorter one changes no code, a much longer one all of them. Half of it, down to
-    # nothing in a cosine, did well on every transform (docs/codebooks.md).
+    # nothing in a cosine, did well on every transform (docs/notes/refined-tokens.md).
     unit = 0.5 * (quantizer.decode(indices) - coordinates).flatten(1).norm(dim=1)
     for step in range(steps):
         length = unit * 0.5 * (1 + math.cos(math.pi * step / steps)) / gradient.flatten(1).norm(dim=1).clamp_min(1e-30)

@@ -62,7 +62,7 @@ class EncodeLatentsConfig(StageConfig):
 
     images: str
     """Folder of images or of class folders, .tar, WebDataset shards or .parquet: path, glob or URL.
-    See `cache.sources.open_source`; "photographs:train" and "photographs:held-out" are the embedded ones."""
+    All kinds: docs/reference/images.md."""
     store: str
     """Latent store to make or add a split to: a path or s3:// URL."""
     vae: Annotated[str, Setting(panel="Data")] = DC_AE
@@ -180,7 +180,7 @@ class TrainRectifierConfig(StageConfig):
     """AdamW's, on the rectifier."""
     block: Annotated[Literal["conv", "efficientvit"], Setting(panel="Advanced")] = "conv"
     """Kind of block.
-    efficientvit is the paper's; conv gained more in short runs (docs/rectifier.md)."""
+    efficientvit is the paper's; conv gained more in short runs (docs/notes/rectifier.md)."""
     decoder_batch_size: Annotated[int, Setting(panel="Advanced", at_least=1)] = 32
     """Latents in a step of --decoder-steps, on all ranks together."""
     evaluations: Annotated[int, Setting(panel="Advanced", at_least=1)] = 20
@@ -232,7 +232,7 @@ class EvaluateConfig(StageConfig):
     """The decoder's; encoder and features are always float32."""
     refine: Annotated[int, Setting(panel="Method", at_least=0)] = 0
     """Steps of the search for better tokens, image by image; 16 is much.
-    Each costs a pass through the decoder and back (see `models/refine.py`)."""
+    Each costs a pass through the decoder and back (docs/notes/refined-tokens.md)."""
     limit: Annotated[int | None, Setting(panel="Data", at_least=1, none="all")] = None
     """Use only the first so many images."""
     vae: Annotated[str | None, Setting(panel="Data", none="as in the tokenizer")] = None

@@ -180,7 +180,7 @@ def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
     ):
         FrozenVAE.load(str(tmp_path / "pickled"))
     network = diffusers.AutoencoderKL.from_pretrained(tmp_path / "pickled", use_safetensors=False, low_cpu_mem_usage=False)
-    network.save_pretrained(tmp_path / "new")  # the very lines that the message and docs/vae.md give
+    network.save_pretrained(tmp_path / "new")  # the very lines that the message and docs/reference/vaes.md give
     save_tiny(tiny_kl(), tmp_path / "full")
     assert FrozenVAE.load(str(tmp_path / "new")).fingerprint == FrozenVAE.load(str(tmp_path / "full")).fingerprint
 

@@ -5,7 +5,7 @@ Columns: the images are `image`, or else the only column with bytes inside; labe
 call a ClassLabel. Class names come from the same metadata, or are the labels where these are text: see `parquet_labels`.
 
 A row group is decoded batch by batch, as far as is needed; the last few batches are kept for the threads that read near each other.
-Memory: at most 8 batches of 16 MB, and what pyarrow needs for a page (see docs/images.md), whatever the size of files and row groups.
+Memory: at most 8 batches of 16 MB, and what pyarrow needs for a page (see docs/notes/images.md), whatever the size of files and row groups.
 """
 
 from __future__ import annotations

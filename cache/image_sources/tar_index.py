@@ -1,6 +1,6 @@
 """Where the members of a tar lie, found by reading its headers alone: 512 bytes of each member, its data are skipped.
 
-Python's tarfile gives the same offsets at 0.4 of the speed (docs/images.md), and takes a damaged header for the end of the archive.
+Python's tarfile gives the same offsets at 0.4 of the speed (docs/notes/images.md), and takes a damaged header for the end of the archive.
 Formats: ustar, GNU (long names, sizes past 8 GiB) and pax. Refused, with what and where: compressed archives, archives that are cut off or
 damaged, and sparse files. A name is what unpacking makes of it: without "./" or "/" before it, and without what is before a "..".
 """

@@ -1,6 +1,6 @@
 """The decoder phase of train-rectifier in parts: the gradients of a batch that a device cannot decode at once add up over micro-batches.
 
-What a decoder keeps for its backward pass is large: DC-AE f32c32 at 256 px, in bf16, keeps 0.9 GiB for each picture (docs/presets.md).
+What a decoder keeps for its backward pass is large: DC-AE f32c32 at 256 px, in bf16, keeps 0.9 GiB for each picture (docs/notes/preset-costs.md).
 
 Shapes: B latents of this rank's batch, C,H,W latent channels, rows, columns.
 """
