@@ -1,9 +1,9 @@
 """Reading whole shards of a split's `latents` into memory that is there already.
 
-zarr-python reads a shard through an event loop and fills the result with the fill value before it copies every chunk into it, which is ten times
-slower than reading the file (docs/notes/store.md). Here a shard's index is parsed, and each chunk that is wanted goes straight to where it belongs; its
-checksum and its values are looked at while they are in the processor's cache. Layouts that are not known here go the plain zarr way, and a test
-compares the two.
+zarr-python reads a shard through an event loop and fills the result with the fill value before it copies every chunk into it, which is ten
+times slower than reading the file (docs/notes/store.md). Here a shard's index is parsed, and each chunk that is wanted goes straight to
+where it belongs; its checksum and its values are looked at while they are in the processor's cache. Layouts that are not known here go the
+plain zarr way, and a test compares the two.
 
 A shard in Zarr v3: the encoded chunks one after another, then the index: for each chunk (offset, length) as little-endian uint64, both 2^64-1
 for a chunk that was never written, and the crc32c of that. https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/

@@ -1,8 +1,7 @@
 """What the documentation site takes from the code, so that nothing is written twice: a hook of MkDocs (mkdocs.yml names it).
 
-A line of a page such as `<!-- made: command encode-latents -->` is replaced by what `command("encode-latents")` returns. Commands and options come from
-`stages/configs.py` and `cli.py`, presets from their files; nothing of torch is imported, nor of MkDocs.
-"""
+A line of a page such as `<!-- made: command encode-latents -->` is replaced by what `command("encode-latents")` returns. Commands and
+options come from `stages/configs.py` and `cli.py`, presets from their files; nothing of torch is imported, nor of MkDocs."""
 
 from __future__ import annotations
 
