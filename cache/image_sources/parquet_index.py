@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ...errors import ImageError
+from ...errors import ImageError, one_line
 from .items import NO_LABEL
 from .place_errors import place_errors
 from .places import Place, RandomFile
@@ -81,7 +81,7 @@ def damage(place: Place) -> Iterator[None]:
         with place_errors(place, archive=True):
             yield
     except (pa.ArrowException, OSError) as error:
-        raise OSError(f"{place.base} is damaged there ({' '.join(str(error).split())[:150]})") from error
+        raise OSError(f"{place.base} is damaged there ({one_line(error)})") from error
 
 
 def read_footer(place: Place) -> Part:
@@ -89,8 +89,7 @@ def read_footer(place: Place) -> Part:
         with place_errors(place, archive=True), open_parquet(place) as file:
             return Part(place, size_of(place), file.metadata)
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise ImageError(f"{place} is no Parquet file, or is cut off ({reason}); fetch it again") from error
+        raise ImageError(f"{place} is no Parquet file, or is cut off ({one_line(error)}); fetch it again") from error
 
 
 def find_columns(part: Part) -> Columns:
@@ -148,7 +147,5 @@ def list_rows(part: Part, columns: Columns, prefix: str) -> tuple[pa.LargeBinary
         if columns.label:
             labels = pc.fill_null(table[columns.label], NO_LABEL).cast(pa.int32()).to_numpy()
     except (pa.ArrowException, OSError) as error:
-        raise ImageError(
-            f"{part.place} is damaged, or its labels are no small numbers ({' '.join(str(error).split())[:150]}); fetch it again"
-        ) from error
+        raise ImageError(f"{part.place} is damaged, or its labels are no small numbers ({one_line(error)}); fetch it again") from error
     return names.cast(pa.large_binary()), labels
