@@ -134,6 +134,12 @@ def output_kind(path: Path | str) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
+def refuse_file(path: Path) -> None:
+    """Raises OutputError where `path` cannot become an output folder because it is a file."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"the output must be a folder, but {path} is a file; choose another path")
+
+
 def claim_output(path: Path | str, *, kind: str, identity: Mapping[str, Any], overwrite: bool = False) -> bool:
     """Make `path` the output folder of one run: new, or the same run's (to be resumed), or (overwrite) emptied of an older run.
 
@@ -152,8 +158,7 @@ def claim_output(path: Path | str, *, kind: str, identity: Mapping[str, Any], ov
     """
     path = Path(path)
     identity = json.loads(json.dumps(dict(identity)))
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"the output must be a folder, but {path} is a file; choose another path")
+    refuse_file(path)
     entries = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
     entries = [name for name in entries if name != LOCK_NAME and not name.endswith(".tmp")]
     if entries:

@@ -22,8 +22,8 @@ from typing import Any
 
 from filelock import lock_descriptor
 
-from .errors import HeldError, OutputError, RevqError
-from .files import LOCK_NAME, disk_errors
+from .errors import HeldError, RevqError
+from .files import LOCK_NAME, disk_errors, refuse_file
 
 _PATIENCE_S = 0.5
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -42,8 +42,7 @@ def hold_folder(path: Path | str, purpose: str, *, tree: bool = False) -> Iterat
         OutputError: it is a file, or cannot be written.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"the output must be a folder, but {path} is a file; choose another path")
+    refuse_file(path)
     if path.is_dir() and not os.access(path, os.W_OK):
         yield  # nobody can write there; a finished run is still found finished
         return

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..errors import one_line
 from .images import Box, UnreadableImage, decode_rgb, load_pixels
 
 CROPS = ("revq", "adm")
@@ -52,8 +53,7 @@ def load_square(data: bytes, size: int, *, crop: str, box: Box | None = None) ->
     except (UnreadableImage, MemoryError):
         raise
     except Exception as error:  # as in `images.load_views`: Pillow's decoders raise many kinds
-        reason = (str(error).strip().splitlines() or ["no message"])[0][:200]
-        raise UnreadableImage(f"{type(error).__name__}: {reason}") from error
+        raise UnreadableImage(f"{type(error).__name__}: {one_line(error)}") from error
     return Square(np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), min(image.size))
 
 

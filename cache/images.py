@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from ..errors import one_line
 from .damage import ends_in_filler, png_damage
 
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own limit for its warning: 256 MiB of RGB
@@ -99,7 +100,7 @@ def load_views(data: bytes, size: int, views: Iterable[View], *, box: Box | None
     except (UnreadableImage, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, zlib.error and more on bad files
-        raise UnreadableImage(f"{type(error).__name__}: {_one_line(error)}") from error
+        raise UnreadableImage(f"{type(error).__name__}: {one_line(error)}") from error
 
 
 def decode_rgb(data: bytes) -> Image.Image:
@@ -227,9 +228,3 @@ def _silence_pillow() -> None:
 
 _PILLOW_MODULES = r"PIL\."
 _PILLOW_FILTER = ("ignore", None, Warning, re.compile(_PILLOW_MODULES), 0)
-
-
-def _one_line(error: BaseException) -> str:
-    """Without addresses of memory: the same file must give the same reason in every run."""
-    lines = re.sub(r" at 0x[0-9a-f]+", "", str(error)).strip().splitlines()
-    return lines[0][:200] if lines else "no message"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ..errors import ImageError
+from ..errors import ImageError, RevqError
 from .image_sources.file_sets import check_one_set, glob_for
 from .image_sources.folder import FolderSource, check_folder, is_image, suffix_of, what_it_is
 from .image_sources.items import ImageItem, order_sha256
@@ -65,10 +65,12 @@ def open_source(spec: str | Path) -> ImageSource:
     A folder or glob must be of one set of files: train and validation shards side by side are refused.
 
     Raises:
-        ImageError: there is no such source, it holds no image, it holds more than one kind, or it is damaged.
+        ImageError: there is no such source (then it is a FileNotFoundError too), it holds no image, it holds more than one kind, or it is damaged.
     """
     try:
         source = _open(os.fspath(spec))
+    except RevqError:  # one of them is a FileNotFoundError too
+        raise
     except OSError as error:  # no permission, a disk that fails
         where = Place(os.fsdecode(error.filename or spec))
         raise ImageError(f"{where} cannot be listed ({error.strerror or error}); check that you may read all of {Place(os.fspath(spec))}") from error

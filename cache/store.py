@@ -30,7 +30,7 @@ import pyarrow as pa
 import zarr
 from numpy.typing import NDArray
 
-from ..errors import StoreError
+from ..errors import StoreError, StoreNotFoundError, one_line
 from ..files import is_sealed, parse_json, sha256_json
 from ..lock import naming_writer
 from .manifest import parse_manifest
@@ -185,7 +185,7 @@ class LatentSplit:
         try:
             return np.asarray(array[...])
         except Exception as error:  # a failed checksum is a ValueError, a cut file a RuntimeError, and Zstd has its own
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error)
             where = f'split "{self.name}" of {self._folder.name}'
             with self.reading():
                 raise StoreError(f"{where} is damaged: its array {name} cannot be read ({reason}); encode it again with --overwrite") from error
@@ -203,12 +203,12 @@ class LatentStore:
         """Open the store at `path`, a folder or an fsspec URL such as s3://bucket/latents.zarr.
 
         Raises:
-            StoreError: nothing is there, it is no latent store, or a newer revq wrote it.
+            StoreError: nothing is there (then it is a FileNotFoundError too), it is no latent store, or a newer revq wrote it.
             OutputError: the object store cannot be reached.
         """
         folder = open_folder(path)
         if not folder.exists():
-            raise StoreError(f"latent store {path} does not exist; make it with: revq encode-latents IMAGES {path}")
+            raise StoreNotFoundError(f"latent store {path} does not exist; make it with: revq encode-latents IMAGES {path}")
         with naming_writer(path, folder.writer):
             return cls(folder, Encoding.from_attributes(store_attributes(folder)))
 

@@ -21,7 +21,7 @@ from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore
 
-from ..errors import OutputError, StoreError
+from ..errors import OutputError, StoreError, one_line
 from ..files import LOCK_NAME, disk_errors, replacing, sizes_under
 from ..lock import hold_folder, writer_of
 from .lease import Lease, LeaseObject, hold_lease, lease_writer
@@ -302,15 +302,15 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     try:
         file_system, path = url_to_fs(url, **_OPTIONS)
     except ImportError as error:
-        raise StoreError(f"{url} needs a package that is not installed ({error}); for S3: pip install 'revq[s3]'") from error
+        raise StoreError(f"{url} needs a package that is not installed ({one_line(error)}); for S3: pip install 'revq[s3]'") from error
     except ValueError as error:
-        raise StoreError(f"{url} cannot be opened ({error}); give a local path, or a URL such as s3://bucket/folder") from error
+        raise StoreError(f"{url} cannot be opened ({one_line(error)}); give a local path, or a URL such as s3://bucket/folder") from error
     return file_system, str(path).rstrip("/")
 
 
 def _remote_error(name: str, error: Exception) -> OutputError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return OutputError(f"{name} cannot be reached or written ({type(error).__name__}: {reason}); check the address, your credentials and the network")
+    reason = f"{type(error).__name__}: {one_line(error)}"
+    return OutputError(f"{name} cannot be reached or written ({reason}); check the address, your credentials and the network")
 
 
 def _is_temporary(path: Path) -> bool:

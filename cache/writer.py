@@ -107,8 +107,7 @@ def target_state(path: str | Path | StoreFolder, encoding: Encoding, plan: Split
         MismatchError: its latents come from another encoding, or the split from another run (and `overwrite` is off).
     """
     folder = open_folder(path)
-    check_target(folder)
-    if not is_store(folder):
+    if not holds_store(folder):
         return "new"
     there = Encoding.from_attributes(store_attributes(folder))
     splits = split_attributes(folder, but=plan.name if overwrite else None)
@@ -130,15 +129,16 @@ def target_state(path: str | Path | StoreFolder, encoding: Encoding, plan: Split
     return "complete" if found["complete"] else "resume"
 
 
-def check_target(path: str | Path | StoreFolder) -> None:
-    """Raises OutputError where `path` is a file or a folder that holds anything but a latent store."""
-    folder = open_folder(path)
+def holds_store(folder: StoreFolder) -> bool:
+    """Whether a latent store is in `folder`, which may also be new or empty; raises OutputError where it is a file or holds anything else."""
+    if is_store(folder):
+        return True
     if folder.is_file():
         raise OutputError(f"the store must be a folder, but {folder.name} is a file; choose another path")
-    entries = folder.children()
-    if entries and not is_store(folder):
+    if entries := folder.children():
         found = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
         raise OutputError(f"{folder.name} holds something else than a latent store ({found}); choose a new or empty folder")
+    return False
 
 
 def remove_progress(path: str | Path | StoreFolder, split: str) -> None:

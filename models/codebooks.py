@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import CodebookError
+from ..errors import CodebookError, CodebookNotFoundError, one_line
 from ..files import read_json, sha256_json, write_bytes
 from ..lock import naming_writer, writer_of
 from .transform import LatentTransform, blank_transform
@@ -59,8 +59,8 @@ def load_codebooks(folder: str | Path) -> Codebooks:
     """Read a codebooks folder.
 
     Raises:
-        CodebookError: there is none, its fit is not finished (and whether it is running), it is damaged or not all there, holds codes that are
-            not finite, or is not of the fit in config.json.
+        CodebookError: there is none (then it is a FileNotFoundError too), its fit is not finished (and whether it is running), it is damaged or
+            not all there, holds codes that are not finite, or is not of the fit in config.json.
     """
     folder = Path(folder)
     with naming_writer(folder, lambda: writer_of(folder)):
@@ -71,7 +71,7 @@ def _load(folder: Path) -> Codebooks:
     path = folder / CODEBOOKS_NAME
     config = read_json(folder / "config.json")
     if config is None or config.get("kind") != CODEBOOKS_KIND:
-        raise CodebookError(f"{folder} holds no codebooks; fit-codebooks makes them")
+        raise CodebookNotFoundError(f"{folder} holds no codebooks; fit-codebooks makes them")
     if not path.is_file():
         raise CodebookError(f"the codebooks in {folder} are not finished; give the fit-codebooks command again")
     try:
@@ -80,8 +80,7 @@ def _load(folder: Path) -> Codebooks:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         expected = sha256_json(config["identity"])
     except Exception as error:  # safetensors has its own errors for a damaged file
-        reason = str(error).strip().splitlines()[0]
-        raise CodebookError(f"{path} is damaged ({reason}); remove the folder and fit the codebooks again") from error
+        raise CodebookError(f"{path} is damaged ({one_line(error)}); remove the folder and fit the codebooks again") from error
     if digest != expected:
         there = f"of the fit {digest[:8]}" if digest else "of an older revq, which did not write whose fit it is"
         raise CodebookError(f"{path} is {there}, the config.json beside it of the fit {expected[:8]}; remove the folder and fit the codebooks again")

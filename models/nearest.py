@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import CodebookError, ConfigError, MismatchError
+from ..errors import CodebookError, ConfigError, MismatchError, one_line
 
 if TYPE_CHECKING:
     from .box_search import BoxSearch
@@ -135,7 +135,7 @@ def _fused_fault(device: torch.device, dims: int) -> str:
         point = torch.zeros(1, 1, dims, device=device)
         fused_nearest(point, point)
     except Exception as error:  # Python's, Triton's, the C compiler's and the driver's
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return f"{type(error).__name__}: {one_line(error)}"
     return ""
 
 

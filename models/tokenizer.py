@@ -18,7 +18,7 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..errors import TokenizerError
+from ..errors import TokenizerError, TokenizerNotFoundError, one_line
 from ..files import write_bytes, write_json
 from ..lock import naming_writer, writer_of
 from .frozen import FrozenModule
@@ -85,7 +85,7 @@ class ReVQTokenizer(FrozenModule, PyTorchModelHubMixin):
             hub_options: revision, token, cache_dir, local_files_only for the model hub.
 
         Raises:
-            TokenizerError: no tokenizer there, or a damaged one.
+            TokenizerError: no tokenizer there (then it is a FileNotFoundError too), or a damaged one.
             MismatchError: the given VAE is another one.
         """
         with naming_writer(path, lambda: writer_of(path, around=True)):
@@ -105,7 +105,8 @@ class ReVQTokenizer(FrozenModule, PyTorchModelHubMixin):
         except TokenizerError:
             raise
         except Exception as error:  # the hub client has its own errors, for a name that is no folder and cannot be downloaded
-            raise TokenizerError(f"no tokenizer at {path}: no such folder, and not to be had from the model hub ({_one_line(error)})") from error
+            where = f"no tokenizer at {path}: no such folder, and not to be had from the model hub"
+            raise TokenizerNotFoundError(f"{where} ({one_line(error)})") from error
         return found
 
     @classmethod
@@ -120,11 +121,11 @@ class ReVQTokenizer(FrozenModule, PyTorchModelHubMixin):
             file = os.path.join(model_id, WEIGHTS_NAME) if local else hf_hub_download(model_id, WEIGHTS_NAME, **options)
             weights = load_file(file)
         except Exception as error:  # safetensors, torch and the hub client each have their own
-            raise TokenizerError(f"the tokenizer in {model_id} cannot be loaded: {WEIGHTS_NAME}: {_one_line(error)}") from error
+            raise TokenizerError(f"the tokenizer in {model_id} cannot be loaded: {WEIGHTS_NAME}: {one_line(error)}") from error
         try:
             tokenizer = cls(config)
         except Exception as error:  # of whichever module a setting is missing or does not suit
-            raise TokenizerError(f"the tokenizer in {model_id} cannot be loaded: config.json: {type(error).__name__}: {_one_line(error)}") from error
+            raise TokenizerError(f"the tokenizer in {model_id} cannot be loaded: config.json: {type(error).__name__}: {one_line(error)}") from error
         if faults := compare_weights(tokenizer.state_dict(), weights):
             raise TokenizerError(f"the tokenizer in {model_id} is not all there: {WEIGHTS_NAME}: {faults}; copy or train it again")
         tokenizer.load_state_dict(weights)
@@ -273,8 +274,3 @@ images = tokenizer.decode(indices)
 {measured}
 Method: Quantize-then-Rectify, arXiv 2507.10547.
 """
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

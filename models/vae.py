@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import MismatchError, VAEError
+from ..errors import MismatchError, VAEError, VAENotFoundError, one_line
 from ..files import sha256_file, sha256_json
 from .frozen import FrozenModule
-from .vae_files import EMBEDDED_VAE, VAEFiles, load_network, one_line, open_folder, open_repository
+from .vae_files import EMBEDDED_VAE, VAEFiles, load_network, open_folder, open_repository
 from .vae_probe import read_latents, read_pictures, round_trip_shape
 
 _WITHOUT_GRADIENTS = "without them there is --transform pca or standardize, and neither --decoder-steps nor --refine"
@@ -170,7 +170,7 @@ def _load_plugin(spec: str) -> FrozenVAE:
     file_name, _, factory_name = spec.rpartition(":")
     path = Path(file_name).expanduser()
     if not path.is_file():
-        raise VAEError(f"VAE plug-in {path} does not exist; --vae takes FILE.py:FACTORY")
+        raise VAENotFoundError(f"VAE plug-in {path} does not exist; --vae takes FILE.py:FACTORY")
     digest = sha256_file(path)
     try:
         network = getattr(_plugin_module(path, digest), factory_name)()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import VAEError
+from ..errors import VAEError, VAENotFoundError, one_line
 from .weight_keys import explain_weights
 
 EMBEDDED_VAE = "revq-tiny-f8c8"
@@ -65,7 +65,7 @@ def open_repository(repo_id: str, revision: str | None) -> VAEFiles:
         cached = _cached_repository(repo_id, revision)
         if cached is None:
             where = f"VAE {repo_id!r} is no local folder and cannot be had from the model hub"
-            raise VAEError(f"{where} ({one_line(error)}); {_LOCAL_HINT}") from error
+            raise VAENotFoundError(f"{where} ({one_line(error)}); {_LOCAL_HINT}") from error
         return cached
 
     def get(name: str) -> Path:
@@ -241,8 +241,3 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
         if bars:
             diffusers_logging.enable_progress_bar()
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -11,8 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import VAEError
-from .vae_files import one_line
+from ..errors import VAEError, one_line
 
 _SIDE = 64
 _GRAINS = (64, 56, 48)  # one latent of an image VAE stands for 64 px or for what divides that, for 7 or 14 (patches of a transformer), or 3, 6, 12

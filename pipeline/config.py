@@ -23,7 +23,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ConfigNotFoundError
 from ..stages.configs import EncodeLatentsConfig, EvaluateConfig, FitCodebooksConfig, StageConfig, TrainRectifierConfig, describe
 
 TABLES: dict[str, type[StageConfig]] = {
@@ -95,7 +95,8 @@ def _read_file(path: Path) -> tuple[str, str]:
         return path.read_text(encoding="utf-8"), str(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise ConfigError(f"configuration {path} cannot be read ({reason}); give the path of a TOML file") from error
+        kind = ConfigNotFoundError if isinstance(error, FileNotFoundError) else ConfigError
+        raise kind(f"configuration {path} cannot be read ({reason}); give the path of a TOML file") from error
 
 
 def _given(**values: str | None) -> dict[str, str]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from ..errors import RevqError
+from ..errors import RevqError, one_line
 from ..files import disk_errors
 from .distributed import world
 from .words import printable
@@ -57,7 +57,7 @@ def one_line_errors() -> Iterator[None]:
 def _one_line(error: Exception) -> str | None:
     """The error as one line for people; None for a fault of revq's own, which needs its traceback."""
     if isinstance(error, RevqError):
-        return " ".join(str(error).split())
+        return one_line(error, most=None)
     if world()[1] > 1 and isinstance(error, RuntimeError) and "Connection" in str(error) and "peer" in str(error):
         return "another rank stopped, so this one cannot go on; what it finished is kept, and the first error above says why"
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):

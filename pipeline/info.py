@@ -11,7 +11,7 @@ from typing import Any
 
 from ..cache.store import is_store
 from ..cache.store_folder import local_root, open_folder
-from ..errors import CodebookError, RevqError, TokenizerError
+from ..errors import CodebookError, NotFoundError, RevqError, TokenizerError
 from ..files import output_kind, read_json, sizes_under
 from ..lock import being_written, naming_writer
 from ..stages.code_usage import summarize_usage
@@ -32,7 +32,7 @@ def info(path: str, *, verify: bool = False) -> Iterator[Event]:
     """
     folder = open_folder(path)
     if not folder.exists():
-        raise RevqError(f"{path} does not exist; give the path of {_KINDS}")
+        raise NotFoundError(f"{path} does not exist; give the path of {_KINDS}")
     writer = folder.writer()
     if writer:
         yield Note(text=f"{being_written(path, writer)}; this is how far it has come", warning=True)

@@ -17,7 +17,7 @@ from ..cache.manifest import failures_by_reason
 from ..cache.precision import TOLERATED_LOSS, RoundingTally
 from ..cache.store import LatentSplit, LatentStore, split_attributes
 from ..cache.store_folder import StoreFolder
-from ..errors import StoreError
+from ..errors import StoreError, one_line
 from ..stages.events import Advance, Begin, Event, Note
 
 _ROWS_OF_A_SHARD = 64  # enough to know what rounding takes of their channels
@@ -120,7 +120,7 @@ def _checked_sum(split: LatentSplit, start: int, stop: int, where: str, rounding
     try:
         block = np.asarray(split.latents[start:stop], dtype=np.float64)
     except Exception as error:  # a failed checksum is a ValueError, a cut file a RuntimeError, and Zstd has its own
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise StoreError(f"{where} is damaged in rows {start} to {stop - 1} ({reason}); {_again(split)}") from error
     ok = split.ok[start:stop]
     unsound = ~np.isfinite(block).all(axis=(1, 2, 3)) | (~ok & block.any(axis=(1, 2, 3)))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..cache.batches import open_latents
 from ..cache.store import LatentSplit
-from ..errors import CodebookError
+from ..errors import CodebookError, one_line
 from ..files import write_bytes
 from ..models.quantizer import MultiGroupQuantizer, code_counts, dead_codes, perplexity, usage
 from ..models.transform import LatentTransform
@@ -86,8 +86,7 @@ def summarize_usage(folder: Path) -> dict[str, Any]:
             "worst_tokens": {str(token): rows[token] for token in worst},
         }
     except Exception as error:  # pyarrow has its own errors for a damaged file
-        reason = str(error).strip().splitlines()[0]
-        raise CodebookError(f"{path} is damaged ({reason}); remove the folder and fit the codebooks again") from error
+        raise CodebookError(f"{path} is damaged ({one_line(error)}); remove the folder and fit the codebooks again") from error
 
 
 def spread(values: Tensor) -> dict[str, float]:

@@ -23,7 +23,7 @@ from ..cache.manifest import failures
 from ..cache.sources import open_source
 from ..cache.store import LatentStore, manifest_key
 from ..cache.store_folder import open_folder
-from ..cache.writer import SplitWriter, check_split_name, check_target, remove_progress, target_state
+from ..cache.writer import SplitWriter, check_split_name, holds_store, remove_progress, target_state
 from ..models.device import pick_device
 from . import ranks
 from .configs import EncodeLatentsConfig
@@ -47,7 +47,7 @@ def encode_latents(config: EncodeLatentsConfig) -> Iterator[Event]:
     check_split_name(config.split)
     pick_device(config.device)  # a wrong name is told before a million images are listed
     folder = open_folder(config.store)
-    check_target(folder)
+    holds_store(folder)  # and so is a folder that is none
     source = open_source(config.images)
     yield from (Note(text=text) for text in source.notes)
     job = open_job(config, folder, source)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..cache.sources import ImageSource, open_source, order_sha256
-from ..errors import ImageError, TokenizerError
+from ..errors import ImageError, TokenizerNotFoundError
 from ..files import output_kind
 from ..models.device import pick_device
 from ..models.tokenizer import ReVQTokenizer
@@ -225,7 +225,7 @@ def _tokenizer_folder(name: str) -> str:
     if (path / "tokenizer" / "config.json").is_file():
         return str(path / "tokenizer")
     if not path.exists() and (name.startswith((".", "~")) or name.count("/") != 1):
-        raise TokenizerError(f"there is no tokenizer at {name}; give the folder that train-rectifier wrote, or a hub id such as owner/name")
+        raise TokenizerNotFoundError(f"there is no tokenizer at {name}; give the folder that train-rectifier wrote, or a hub id such as owner/name")
     return str(path) if path.exists() else name
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ...errors import ImageError
+from ...errors import ImageError, ImageNotFoundError
 from .items import ImageItem, ItemColumns, classes_of, iterate, name_column, printable
 from .place_errors import neighbours_gone
 from .places import FILE, FOLDER, Place, is_there, place_of
@@ -81,7 +81,7 @@ def check_folder(root: Place) -> None:
     """Raises ImageError where `root` is not a folder."""
     kind = root.kind()
     if kind is None:
-        raise ImageError(f"image folder {root} does not exist; give a folder of images or of class folders, a .tar or a .parquet")
+        raise ImageNotFoundError(f"image folder {root} does not exist; give a folder of images or of class folders, a .tar or a .parquet")
     if kind == FILE and suffix_of(root.path) == ".zip":
         raise ImageError(f"the images must be a folder, a .tar or a .parquet, but {root} is a zip; give {shlex.quote(f'zip://::{root}')}")
     if kind == FILE:

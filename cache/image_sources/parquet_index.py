@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ...errors import ImageError
+from ...errors import ImageError, one_line
 from .parquet_labels import LABEL_TYPES, FileLabels, holds_labels, no_labels, read_labels
 from .place_errors import place_errors
 from .places import Place, RandomFile
@@ -81,7 +81,7 @@ def damage(place: Place) -> Iterator[None]:
         with place_errors(place, archive=True):
             yield
     except (pa.ArrowException, OSError) as error:
-        raise OSError(f"{place.base} is damaged there ({' '.join(str(error).split())[:150]})") from error
+        raise OSError(f"{place.base} is damaged there ({one_line(error)})") from error
 
 
 def read_footer(place: Place) -> Part:
@@ -89,8 +89,7 @@ def read_footer(place: Place) -> Part:
         with place_errors(place, archive=True), open_parquet(place) as file:
             return Part(place, size_of(place), file.metadata)
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise ImageError(f"{place} is no Parquet file, or is cut off ({reason}); fetch it again") from error
+        raise ImageError(f"{place} is no Parquet file, or is cut off ({one_line(error)}); fetch it again") from error
 
 
 def find_columns(part: Part) -> Columns:
@@ -151,5 +150,5 @@ def list_rows(part: Part, columns: Columns, prefix: str) -> tuple[pa.LargeBinary
             names = pc.binary_join_element_wise(names, column.field("path"), "/", null_handling="skip")
         labels = read_labels(part.place, table[columns.label], columns.class_names) if columns.label else no_labels(part.place, rows)
     except (pa.ArrowException, OSError) as error:
-        raise ImageError(f"{part.place} is damaged ({' '.join(str(error).split())[:150]}); fetch it again") from error
+        raise ImageError(f"{part.place} is damaged ({one_line(error)}); fetch it again") from error
     return names.cast(pa.large_binary()), labels

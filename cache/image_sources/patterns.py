@@ -8,7 +8,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
-from ...errors import ImageError
+from ...errors import ImageError, ImageNotFoundError
 from .places import REMOTE_THREADS, Place, is_url, place_of, remote_errors, turn
 
 _GLOB = re.compile(r"[*?\[]")
@@ -38,9 +38,10 @@ def expand(pattern: str) -> list[Place]:
         found = dict(zip(names, pool.map(_matches, names), strict=True))
     missing = [name for name in names if not found[name]]
     if len(missing) == len(names):
-        raise ImageError(f"no file matches {pattern}; give the path of one that is there, or a glob or brace that matches")
+        raise ImageNotFoundError(f"no file matches {pattern}; give the path of one that is there, or a glob or brace that matches")
     if missing:
-        raise ImageError(f"{len(missing)} of the {len(names)} files of {pattern} are not there, the first is {missing[0]}; find them or give fewer")
+        found_out = f"{len(missing)} of the {len(names)} files of {pattern} are not there, the first is {missing[0]}"
+        raise ImageNotFoundError(f"{found_out}; find them or give fewer")
     return sorted({place for places in found.values() for place in places}, key=lambda place: place.path)
 
 

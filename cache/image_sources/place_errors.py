@@ -9,7 +9,7 @@ import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ...errors import ImageError
+from ...errors import ImageError, one_line
 
 _NAMES = """
     EACCES EPERM EIO EREMOTEIO ESTALE ENXIO ENODEV ENOLINK ENOTCONN ESHUTDOWN ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH
@@ -31,7 +31,7 @@ def place_errors(place: object, *, archive: bool = False) -> Iterator[None]:
     except OSError as error:
         of_the_place = isinstance(error, PermissionError | ConnectionError | TimeoutError) or error.errno in _OF_THE_PLACE
         if of_the_place or (archive and isinstance(error, FileNotFoundError | NotADirectoryError)):
-            reason = error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
+            reason = error.strerror or one_line(error)
             raise ImageError(
                 f"{place} cannot be read ({reason}), and that is no fault of one image; mend it, then give the same command again to go on"
             ) from error

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, Protocol
 
-from ...errors import ImageError
+from ...errors import ImageError, one_line
 from .place_errors import place_errors
 from .skipped import BROKEN_LINK, LINK_AROUND, SPECIAL, STORE, is_aside
 
@@ -304,7 +304,7 @@ def _retry(place: Place, work: Any) -> Any:
                 raise
         except Exception as error:
             if attempt == _ATTEMPTS - 1:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+                reason = f"{type(error).__name__}: {one_line(error)}"[:200]
                 raise ImageError(f"{place} cannot be read after {_ATTEMPTS} attempts ({reason}); give the same command again to go on") from error
             time.sleep(0.5 * 2**attempt)
 
@@ -317,7 +317,7 @@ def remote_errors(place: Place | str) -> Iterator[None]:
     except (FileNotFoundError, ImageError):
         raise
     except ImportError as error:
-        raise ImageError(f"{place} needs a package that is not installed ({' '.join(str(error).split())})") from error
+        raise ImageError(f"{place} needs a package that is not installed ({one_line(error)})") from error
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        reason = f"{type(error).__name__}: {one_line(error)}"[:200]
         raise ImageError(f"{place} cannot be opened ({reason}); check the address and your credentials") from error

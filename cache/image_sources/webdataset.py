@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ...errors import ImageError
+from ...errors import ImageError, one_line
 from .folder import IMAGE_SUFFIXES
 from .items import NO_LABEL, ItemColumns, printable
 from .places import Place, relative_names
@@ -123,7 +123,7 @@ def _read_label(sample: _Sample, kind: str, walk: TarWalk, member: Member) -> No
         if label is not None and sample.label == NO_LABEL:
             sample.label = _checked(label)
     except (ValueError, OverflowError, RecursionError) as error:
-        raise ImageError(f"{where} cannot be understood ({type(error).__name__}: {' '.join(str(error).split())[:100]}); mend it") from error
+        raise ImageError(f"{where} cannot be understood ({type(error).__name__}: {one_line(error)}); mend it") from error
     if isinstance(fields.get("class_name"), str):
         sample.class_name = fields["class_name"]
 

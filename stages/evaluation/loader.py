@@ -7,7 +7,6 @@ a batch is the same pictures in every run, and its numbers are the same bits.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,8 +18,6 @@ from torch import Tensor
 from ...cache.crops import load_square
 from ...cache.images import UnreadableImage, read_ahead
 from ...cache.sources import ImageSource
-
-_ADDRESS = re.compile(r" <[^<>]* at 0x[0-9a-f]+>")  # Pillow names the object that it read, whose address is another one each time
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class Loader:
         try:
             square = load_square(self.source.read(index), self.image_size, crop=self.crop, box=item.box)
         except UnreadableImage as error:
-            return Crop(index, None, reason=_ADDRESS.sub("", error.reason))
+            return Crop(index, None, reason=error.reason)
         except OSError as error:
             return Crop(index, None, reason=error.strerror or type(error).__name__)
         return Crop(index, square.pixels, hashlib.sha256(square.pixels.data).digest(), square.shorter_side < self.image_size)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-from ...errors import ConfigError
+from ...errors import ConfigError, one_line
 from ...files import write_bytes
 from ...models.weight_keys import compare_weights
 
@@ -187,9 +187,7 @@ def _read_weights(path: Path, title: str) -> Mapping[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise ConfigError(
-            f"the {title} weights in {path} cannot be read ({_one_line(error)}); delete the file, so that it is fetched anew"
-        ) from error
+        raise ConfigError(f"the {title} weights in {path} cannot be read ({one_line(error)}); delete the file, so that it is fetched anew") from error
     if not (isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())):
         raise ConfigError(f"{path} holds no {title} weights but a {type(state).__name__}; give the published checkpoint")
     return state
@@ -198,8 +196,3 @@ def _read_weights(path: Path, title: str) -> Mapping[str, Tensor]:
 def _require(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fault: str, published: str) -> None:
     if faults := compare_weights(expected, state):
         raise ConfigError(f"{fault} ({faults}); it must be {published}")
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0][:160] if lines else type(error).__name__

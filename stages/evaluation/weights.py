@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ...errors import ConfigError, OutputError
+from ...errors import ConfigNotFoundError, OutputError, one_line
 from ...files import replacing, sha256_file
 from .. import ranks
 from ..events import Event, Note
@@ -87,14 +87,14 @@ def find_weights(weights: WeightFile, *, path: str | None = None, download: bool
         ConfigError: `path` is not there. What cannot be downloaded is no error but a `reason`.
     """
     if path is not None and not Path(path).expanduser().is_file():
-        raise ConfigError(f"{weights.title}: no weights at {path}; give the path of {weights.file_name} (from {weights.url})")
+        raise ConfigNotFoundError(f"{weights.title}: no weights at {path}; give the path of {weights.file_name} (from {weights.url})")
     file = weights.cache_path if path is None else Path(path).expanduser()
     why = "download is switched off"
     if not file.is_file() and download:
         try:
             _download(weights, file, timeout_s)
         except (OSError, OutputError, http.client.HTTPException) as error:
-            why = f"the download failed ({_one_line(error)})"
+            why = f"the download failed ({one_line(error)})"
     if not file.is_file():
         mend = f"curl -L --create-dirs -o {file} {weights.url}"
         option = f", or pass the file by {weights.option} PATH" if weights.option else ""
@@ -148,8 +148,3 @@ def _download(weights: WeightFile, target: Path, timeout_s: float) -> None:
         file.flush()
         if not digest.hexdigest().startswith(weights.sha256_prefix):
             raise OSError(f"the server sent another file: its SHA-256 starts with {digest.hexdigest()[:8]}, not {weights.sha256_prefix}")
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ...errors import one_line
 from ...models.rectifier import Rectifier
 from .. import ranks
 
@@ -94,7 +95,7 @@ def _compiled(rectifier: Rectifier, example: Tensor, bf16: bool) -> tuple[nn.Mod
         with torch.autocast(example.device.type, torch.bfloat16, enabled=bf16):
             network(example).float().square().mean().backward()
     except Exception as error:  # dynamo, inductor, triton and the C++ compiler each have their own
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
     rectifier.zero_grad()
     reasons = [found for found in ranks.gather(reason) if found]
     if reasons:
