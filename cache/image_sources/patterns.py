@@ -8,7 +8,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
-from ...errors import ImageError, ImageNotFoundError
+from ...errors import ImageNotFoundError
 from .places import REMOTE_THREADS, Place, is_url, place_of, remote_errors, turn
 
 _GLOB = re.compile(r"[*?\[]")
