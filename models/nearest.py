@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,7 +40,7 @@ def nearest_codes(coordinates: Tensor, codebooks: Tensor) -> Tensor:
         CodebookError: the codebooks are not (T,K,D), or hold no code.
         MismatchError: the coordinates are not (T,N,D) of the same T and D.
     """
-    return NearestCodes(codebooks).query(coordinates)
+    return NearestCodes(codebooks, points=coordinates.shape[1] if coordinates.ndim == 3 else None).query(coordinates)
 
 
 class NearestCodes:
@@ -52,12 +52,13 @@ class NearestCodes:
     - "fused": one GPU kernel (Triton) that keeps each point's minimum in registers and writes no distances to memory.
     """
 
-    def __init__(self, codebooks: Tensor, backend: str = "auto") -> None:
+    def __init__(self, codebooks: Tensor, backend: str = "auto", *, points: int | None = None) -> None:
         """Prepare the search.
 
         Args:
             codebooks: (T,K,D) float32, finite; copied into boxes, or referred to.
-            backend: "boxes", "product", "fused", or "auto" (by device and D).
+            backend: "boxes", "product", "fused", or "auto" (by device and sizes).
+            points: N of the only query that will come; None means many.
 
         Raises:
             ConfigError: the backend asked for needs a package that is not installed.
@@ -75,7 +76,7 @@ class NearestCodes:
         if self.backend == "boxes":
             from .box_search import BoxSearch
 
-            self._boxes = BoxSearch(_array(self.codebooks), partial(_in_threads, tokens=len(codebooks)))
+            self._boxes = BoxSearch(_array(self.codebooks), _in_threads, points=points)
 
     def move(self, codebooks: Tensor) -> None:
         """Search these codebooks (T,K,D) from now on, of the same shape as before: cheaper than a new object where codes moved a little.
@@ -148,12 +149,12 @@ def _array(values: Tensor) -> NDArray[np.float32]:
     return values.float().cpu().numpy()
 
 
-def _in_threads(work: Callable[[int, int], object], tokens: int) -> None:
-    """`work(first, stop)` on one run of tokens for each of torch's threads; compiled loops do not hold the interpreter."""
-    threads = max(1, min(torch.get_num_threads(), tokens))
-    cuts = [tokens * part // threads for part in range(threads + 1)]
+def _in_threads(work: Callable[[int, int], object], count: int) -> None:
+    """`work(first, stop)` on one run of 0..count for each of torch's threads; compiled loops do not hold the interpreter."""
+    threads = max(1, min(torch.get_num_threads(), count))
+    cuts = [count * part // threads for part in range(threads + 1)]
     if threads == 1:
-        work(0, tokens)
+        work(0, count)
         return
     with ThreadPoolExecutor(threads, thread_name_prefix="revq-nearest") as pool:
         list(pool.map(work, cuts[:-1], cuts[1:]))
