@@ -23,14 +23,14 @@ _BOX_CODES = 64  # 32 to 128 are within a tenth of each other at 1024 and 16384 
 _WAYS = 4  # a cut's parts: fewer passes than halves, and boxes as good
 _BINS = 256
 _SAMPLE = 64  # members that tell a part's widest dim
-_WORTH_CUTTING = 256
+_WORTH_CUTTING = 256  # N*D; fewer points are compared with every code
 _SPREAD = 1.5  # boxes that grew by so much since they were cut are cut anew
 _TINY = np.float32(1e-37)  # covers what underflows
 # What the loops may assume to be vectorised: no NaN, sums in any order. Latents are finite; a NaN point finds some code, whichever it is.
 _FAST = {"nnan", "nsz", "contract", "reassoc"}
 
 
-Share = Callable[[Callable[[int, int], object], int], object]
+Share = Callable[[Callable[[int, int], object], int, int], object]
 
 
 def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -53,7 +53,8 @@ class BoxSearch:
 
         Args:
             codebooks: (T,K,D), finite.
-            run: how to share work: `run(work, count)` calls `work(first, stop)` for runs of 0..count, from threads if it likes.
+            run: how to share work: `run(work, count, size)` calls `work(first, stop)` for runs of 0..count, from threads if it likes; `size` is
+                about how many numbers are touched.
             points: N of the only query that will come; few are sooner compared with every code than boxes are cut. None means many.
         """
         tokens, codes, dims = codebooks.shape
@@ -73,19 +74,25 @@ class BoxSearch:
         """Search codebooks of the same shape: in the boxes of the earlier ones while these stay small, since filling costs less than cutting."""
         codebooks = np.ascontiguousarray(codebooks)
         if self._extent < 0 or self._fill(codebooks) > _SPREAD * self._extent:
-            self._run(lambda first, stop: _cut(codebooks, self._order, first, stop), len(codebooks))
+            self._run(lambda first, stop: _cut(codebooks, self._order, first, stop), len(codebooks), codebooks.size)
             self._extent = self._fill(codebooks)
 
     def _fill(self, codebooks: NDArray[np.float32]) -> float:
         """Put the codes into their boxes; returns the mean extent of those."""
-        self._run(lambda first, stop: _fill(codebooks, self._order, self._codes, self._lowest, self._highest, first, stop), len(codebooks))
+        parts = (self._order, self._codes, self._lowest, self._highest)
+        self._run(lambda first, stop: _fill(codebooks, *parts, first, stop), len(codebooks), codebooks.size)
         return float((self._highest - self._lowest).mean())
 
     def query(self, points: NDArray[np.float32]) -> NDArray[np.int64]:
         """points (T,N,D) -> indices (T,N)."""
         points = np.ascontiguousarray(points)
         found = np.empty(points.shape[:2], np.int64)
-        self._run(lambda first, stop: _search(points, self._codes, self._lowest, self._highest, self._order, found, first, stop), found.size)
+        opened = self._lowest[0].size + 4 * self._codes[0, 0].size  # of each point: all boxes' faces, and the codes of a few
+        self._run(
+            lambda first, stop: _search(points, self._codes, self._lowest, self._highest, self._order, found, first, stop),
+            found.size,
+            found.size * opened,
+        )
         return found
 
 

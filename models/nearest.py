@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "boxes", "product", "fused")
 _FUSED_MAX_DIMS = 8  # more would not fit a GPU thread's registers
+_WORTH_THREADS = 1 << 18
 _BLOCK_VALUES = 1 << 22  # distances held at once by the blocked product: 16 MiB in float32
 
 
@@ -47,7 +48,7 @@ class NearestCodes:
     """A search structure over fixed codebooks; every backend finds the same codes, up to the rounding of equally near ones.
 
     - "boxes": compiled loops over small boxes of codes (box_search.py), on torch's number of threads. The fastest on a CPU. Cutting the
-      boxes costs as much as searching a thousand points: keep this object while the codebooks stay the same, and `move` it when they change a bit.
+      boxes costs as much as searching some hundred points: keep this object while the codebooks stay the same, and `move` it when they change a bit.
     - "product": blocks of a matrix product; anywhere, any D.
     - "fused": one GPU kernel (Triton) that keeps each point's minimum in registers and writes no distances to memory.
     """
@@ -149,9 +150,10 @@ def _array(values: Tensor) -> NDArray[np.float32]:
     return values.float().cpu().numpy()
 
 
-def _in_threads(work: Callable[[int, int], object], count: int) -> None:
-    """`work(first, stop)` on one run of 0..count for each of torch's threads; compiled loops do not hold the interpreter."""
-    threads = max(1, min(torch.get_num_threads(), count))
+def _in_threads(work: Callable[[int, int], object], count: int, size: int) -> None:
+    """`work(first, stop)` on one run of 0..count for each of torch's threads; compiled loops do not hold the interpreter. Starting threads takes as
+    long as touching some hundred thousand numbers."""
+    threads = max(1, min(torch.get_num_threads(), count)) if size > _WORTH_THREADS else 1
     cuts = [count * part // threads for part in range(threads + 1)]
     if threads == 1:
         work(0, count)
