@@ -1,7 +1,7 @@
 """Tables: what codebooks cost, against the plain way of doing the same. Ratios come from alternating repeats in this one run.
 
     python benchmarks/bench_codebooks.py                 # everything that this machine can, about four minutes on two cores
-    python benchmarks/bench_codebooks.py --part nearest  # or kmeans, stage, gpu, imagenet
+    python benchmarks/bench_codebooks.py --part nearest  # or once, kmeans, stage, gpu, imagenet
     python benchmarks/bench_codebooks.py --part imagenet --synthetic 2000   # what a GPU does with 1.28 million latents, with fewer anywhere
 
 Peak memory is what a row takes beyond what was there before it (Linux; elsewhere left out). GPU rows appear where there is one.
@@ -35,7 +35,7 @@ from revq.stages.encode_latents import encode_latents
 from revq.stages.events import Begin, Result, run_quietly
 from revq.stages.fit_codebooks import POINTS_PER_CODE, fit_codebooks
 
-PARTS = ("nearest", "kmeans", "stage", "gpu", "imagenet")
+PARTS = ("nearest", "once", "kmeans", "stage", "gpu", "imagenet")
 IMAGENET = 1_281_167
 LINEAR_VAE = """
 import torch
@@ -139,6 +139,27 @@ def nearest_part(repeats: int) -> None:
         rows = [("", "time", "times faster", "peak memory")]
         rows += [(name, f"{1000 * seconds:.1f} ms", f"{plain / seconds:.1f}", f"{mib:.0f} MiB") for name, (seconds, mib) in found.items()]
         table(f"assignment, T=64 N=256 D=4 K={codes} (aim: {aim:g} times with frozen codebooks)", rows)
+
+
+def once_part(repeats: int) -> None:
+    """One call with codebooks never seen, boxes against the product, over all sizes: `auto` takes boxes on a CPU because of this table."""
+    sizes, rows = (16, 64, 256, 1024, 4096, 16384, 65536), []
+    for dims in (1, 2, 4, 8, 16, 32):
+        for points in (1, 16, 256, 4096, 100_000):
+            row = []
+            for codes in sizes:
+                if points * codes > 1 << 27:
+                    row.append("")
+                    continue
+                tokens = max(1, min(64, (1 << 23) // (points * codes)))
+                x, books = random_points(tokens, points, dims), random_points(tokens, codes, dims, seed=1)
+                ways = {name: lambda name=name: NearestCodes(books, name, points=points).query(x) for name in ("boxes", "product")}  # noqa: B023
+                rounds = [{name: measured(way)[0] for name, way in ways.items()} for _ in range(repeats + 1)]
+                best = {name: min(each[name] for each in rounds[1:]) for name in ways}
+                row.append(f"{best['product'] / best['boxes']:.1f}")
+            rows.append((f"D={dims} N={points}", *row))
+    heads = ("one call", *(f"K={codes}" for codes in sizes))
+    table("times faster than the product, cutting included; T = 1 to 64, as many as keep a call short", [heads, *rows])
 
 
 def mean_error(points: Tensor, codebooks: Tensor) -> float:
@@ -265,6 +286,8 @@ def main() -> None:
     print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     if "nearest" in parts:
         nearest_part(args.repeats)
+    if "once" in parts:
+        once_part(args.repeats)
     if "kmeans" in parts:
         kmeans_part(max(1, args.repeats - 2))
     if "stage" in parts:

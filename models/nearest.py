@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "boxes", "product", "fused")
 _FUSED_MAX_DIMS = 8  # more would not fit a GPU thread's registers
+_WORTH_THREADS = 1 << 18
 _BLOCK_VALUES = 1 << 22  # distances held at once by the blocked product: 16 MiB in float32
 
 
@@ -40,24 +41,25 @@ def nearest_codes(coordinates: Tensor, codebooks: Tensor) -> Tensor:
         CodebookError: the codebooks are not (T,K,D), or hold no code.
         MismatchError: the coordinates are not (T,N,D) of the same T and D.
     """
-    return NearestCodes(codebooks).query(coordinates)
+    return NearestCodes(codebooks, points=coordinates.shape[1] if coordinates.ndim == 3 else None).query(coordinates)
 
 
 class NearestCodes:
     """A search structure over fixed codebooks; every backend finds the same codes, up to the rounding of equally near ones.
 
     - "boxes": compiled loops over small boxes of codes (box_search.py), on torch's number of threads. The fastest on a CPU. Cutting the
-      boxes costs as much as searching a thousand points: keep this object while the codebooks stay the same, and `move` it when they change a bit.
+      boxes costs as much as searching some hundred points: keep this object while the codebooks stay the same, and `move` it when they change a bit.
     - "product": blocks of a matrix product; anywhere, any D.
     - "fused": one GPU kernel (Triton) that keeps each point's minimum in registers and writes no distances to memory.
     """
 
-    def __init__(self, codebooks: Tensor, backend: str = "auto") -> None:
+    def __init__(self, codebooks: Tensor, backend: str = "auto", *, points: int | None = None) -> None:
         """Prepare the search.
 
         Args:
             codebooks: (T,K,D) float32, finite; copied into boxes, or referred to.
-            backend: "boxes", "product", "fused", or "auto" (by device and D).
+            backend: "boxes", "product", "fused", or "auto" (by device and sizes).
+            points: N of the only query that will come; None means many.
 
         Raises:
             ConfigError: the backend asked for needs a package that is not installed.
@@ -75,7 +77,7 @@ class NearestCodes:
         if self.backend == "boxes":
             from .box_search import BoxSearch
 
-            self._boxes = BoxSearch(_array(self.codebooks), partial(_in_threads, tokens=len(codebooks)))
+            self._boxes = BoxSearch(_array(self.codebooks), _in_threads, points=points)
 
     def move(self, codebooks: Tensor) -> None:
         """Search these codebooks (T,K,D) from now on, of the same shape as before: cheaper than a new object where codes moved a little.
@@ -148,12 +150,13 @@ def _array(values: Tensor) -> NDArray[np.float32]:
     return values.float().cpu().numpy()
 
 
-def _in_threads(work: Callable[[int, int], object], tokens: int) -> None:
-    """`work(first, stop)` on one run of tokens for each of torch's threads; compiled loops do not hold the interpreter."""
-    threads = max(1, min(torch.get_num_threads(), tokens))
-    cuts = [tokens * part // threads for part in range(threads + 1)]
+def _in_threads(work: Callable[[int, int], object], count: int, size: int) -> None:
+    """`work(first, stop)` on one run of 0..count for each of torch's threads; compiled loops do not hold the interpreter. Starting threads takes as
+    long as touching some hundred thousand numbers."""
+    threads = max(1, min(torch.get_num_threads(), count)) if size > _WORTH_THREADS else 1
+    cuts = [count * part // threads for part in range(threads + 1)]
     if threads == 1:
-        work(0, tokens)
+        work(0, count)
         return
     with ThreadPoolExecutor(threads, thread_name_prefix="revq-nearest") as pool:
         list(pool.map(work, cuts[:-1], cuts[1:]))
