@@ -21,6 +21,7 @@ from revq.stages.configs import DC_AE, Described, describe
 
 _MARK = re.compile(r"<!-- made: (\w+)(?: ([\w-]+))? -->")
 _PAGE = re.compile(r"docs/([\w/-]+)\.md")
+_FETCHED = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*(?:src|href)=["']?(?:https?:)?//[^>]*>""")
 _KINDS = {int: "whole number", float: "number", str: "text"}
 _PRESETS = ("demo", "revq-512", "paper-512", "paper-256-64k", "paper-256-256k")
 
@@ -29,6 +30,17 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """MkDocs calls this with the source of each page."""
     makers = {"command": command, "configuration": configuration, "presets": presets}
     return _MARK.sub(lambda mark: makers[mark[1]](*filter(None, [mark[2]])), markdown)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """MkDocs calls this with the HTML of each page. A reader's browser must fetch nothing from elsewhere.
+
+    Raises:
+        ValueError: it would.
+    """
+    if fetched := _FETCHED.search(output):
+        raise ValueError(f"{page.file.src_uri} would make a browser fetch from elsewhere: {fetched[0]}")
+    return output
 
 
 def command(name: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import site_pages
 
 from revq.errors import ConfigError
 from revq.pipeline.config import Plan, load_plan, preset_names
@@ -175,13 +176,15 @@ def test_a_preset_says_every_setting_that_shapes_its_weights(name: str):
 
 
 def test_the_table_in_the_documentation_is_what_the_presets_say():
-    text = (Path(__file__).parent.parent / "docs" / "presets.md").read_text()
-    head, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
-    names = [cell.strip("`") for cell in head[2:]]
-    assert sorted(names) == preset_names()
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "presets.md").read_text()
     documented: dict[tuple[str, str, str], str] = {}
-    for table, key, *cells in (row for row in rows if len(row) == 7 and row[1].startswith("`")):
-        documented |= {(name, table, key.strip("`")): cell for name, cell in zip(names, cells, strict=True) if cell}
+    for part in site_pages.on_page_markdown(page).split("\n### ")[1:]:
+        table, *lines = part.splitlines()
+        head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+        names = [cell.strip("`") for cell in head[1:]]
+        assert sorted(names) == preset_names()
+        for key, *cells in rows:
+            documented |= {(name, table, key.strip("`")): cell for name, cell in zip(names, cells, strict=True) if cell}
     said = {
         (name, table, key): f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
         for name in names
