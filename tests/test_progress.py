@@ -185,6 +185,7 @@ def test_the_bar_on_a_terminal_has_rate_and_time_and_never_overflows(columns: in
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\r\n", text)
     lines = [line.split("\r")[-1] for line in plain.split("\n")]
     assert max(map(len, lines)) <= columns
+    assert 0 < max(len(line) for line in lines if line.startswith("  ")) <= columns - 2, "the terminal's own ^C fits on the last line"
     assert "images/s" in plain
     assert "left" in plain
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor comes back"
