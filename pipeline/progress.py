@@ -6,15 +6,14 @@ With `as_json` the lines go to standard error, so that standard output holds exa
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from itertools import starmap
 from typing import Any
 
-from rich.columns import Columns
 from rich.console import Console, RenderableType
-from rich.padding import Padding
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
@@ -25,6 +24,7 @@ from .words import printable, words
 _RATE_WINDOW_S = 30.0
 _LINE_EVERY_S = 10.0
 _LINE_AT_LEAST_S = 1.0
+_UNBROKEN = "\xa0"  # a space that lines are not wrapped at
 
 
 def show(events: Iterable[Event], *, as_json: bool, silent: bool = False, clock: Callable[[], float] = time.monotonic) -> Mapping[str, Any]:
@@ -101,9 +101,13 @@ class _Bar(Progress):
 
     def get_renderables(self) -> Iterable[RenderableType]:
         for task in self.tasks:
-            told = [Text(part, style="dim", no_wrap=True, overflow="ellipsis") for part in _told(task)]
             yield self.make_tasks_table([task])
-            yield Padding(Columns(told, padding=(0, 2)), (0, 0, 0, 2))  # columns, so that no figure is cut in two
+            told = "  ".join(part.replace(" ", _UNBROKEN) for part in _told(task))
+            # Two columns stay free: there the terminal writes its ^C, and a line more would leave a stale one above.
+            lines = textwrap.wrap(
+                told, max(self.console.width - 2, 1), initial_indent="  ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+            )
+            yield Text("\n".join(lines).replace(_UNBROKEN, " "), style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class _Lines(_Bar):
