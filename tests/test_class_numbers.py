@@ -97,7 +97,7 @@ def test_new_classes_are_refused_where_asked_before_anything_is_written(folder: 
     assert contents(tmp_path / "s") == before
     run_quietly(encode_latents(config(tmp_path / "val", "val")))
     assert numbers_of(tmp_path / "s", "val") == {"b": 1, "d": 3}
-    with pytest.raises(ConfigError, match="new_classes must be append or refuse, not 'yes'"):
+    with pytest.raises(ConfigError, match="new_classes must be one of append, refuse, not 'yes'"):
         config(tmp_path / "val", "val", new_classes="yes")
 
 

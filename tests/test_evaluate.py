@@ -300,8 +300,8 @@ class WrongSetting:
 WRONG_SETTINGS = [
     WrongSetting("protocol", {"protocol": "clean"}, "protocol must be one of revq, adm, not 'clean'"),
     WrongSetting("precision", {"precision": "fp16"}, "precision must be one of fp32, bf16, not 'fp16'"),
-    WrongSetting("tolerance", {"tolerance_images": -1}, "tolerance_images must be at least 0"),
-    WrongSetting("batch size", {"batch_size": 0}, "batch_size must be at least 1, not 0"),
+    WrongSetting("tolerance", {"tolerance_images": -1}, "tolerance-images must be at least 1"),
+    WrongSetting("batch size", {"batch_size": 0}, "batch-size must be at least 1, not 0"),
     WrongSetting("workers", {"workers": 0}, "workers must be at least 1, not 0"),
     WrongSetting("limit", {"limit": 0}, "limit must be at least 1"),
 ]

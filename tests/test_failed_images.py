@@ -88,7 +88,7 @@ def test_ten_may_fail_in_a_small_folder_and_none_where_none_may(encode: Encode, 
         run_quietly(encode_latents(encode(max_failed=0)))
     assert run_quietly(encode_latents(encode()))["failed"] == 10
     for wrong in (-0.1, 1.5):
-        with pytest.raises(ConfigError, match=f"max_failed must be a share from 0 to 1, not {wrong}"):
+        with pytest.raises(ConfigError, match=f"max-failed must be from 0 to 1, not {wrong}"):
             encode(max_failed=wrong)
 
 

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ...errors import ImageError
+from ...errors import ImageError, ImageNotFoundError
 from .patterns import expand
 from .places import Place
 
@@ -141,6 +141,6 @@ def _check_numbers(name: str, parts: Sequence[_Part]) -> None:
     missing = [number for number in range(start, start + count) if number not in numbers]
     if missing:
         lost = f"{first.head}{missing[0]:0{len(first.number)}d}{first.of}{first.tag and first.tag[0] + '*'}{first.end}"
-        raise ImageError(
+        raise ImageNotFoundError(
             f"{len(missing)} of the {count} parts of {name} are not there, the first is {lost}; fetch them, or name in braces those that you want"
         )
