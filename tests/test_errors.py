@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from revq import LatentStore, ReVQTokenizer, errors, nearest_codes
-from revq.cache.image_sources.patterns import check_one_set, expand
+from revq.cache.image_sources.file_sets import check_one_set
+from revq.cache.image_sources.patterns import expand
 from revq.cache.sources import open_source
 from revq.errors import (
     CodebookError,
