@@ -307,9 +307,13 @@ def test_the_embedded_photographs_are_encoded_like_any_folder(encode: Encode, tm
     assert row["class_name"] == "chelsea"
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"image_size": 0}, {"batch_size": 0}, {"workers": 0}, {"views": 0}, {"limit": 0}, {"dtype": "int8"}, {"split": "a/b"}], ids=str
-)
+@pytest.mark.parametrize("wrong", [{"image_size": 0}, {"batch_size": 0}, {"workers": 0}, {"views": 0}, {"limit": 0}, {"dtype": "int8"}], ids=str)
 def test_a_setting_out_of_range_is_refused_with_its_value(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
+    with pytest.raises(ConfigError, match=next(iter(wrong)).replace("_", "-")):
         EncodeLatentsConfig(images="i", store="s", **wrong)
+
+
+def test_a_name_of_a_split_that_is_no_name_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a/b"):
+        run_quietly(encode_latents(EncodeLatentsConfig(images="nowhere", store=str(tmp_path / "s"), split="a/b")))
+    assert not (tmp_path / "s").exists()
