@@ -22,7 +22,7 @@ SMALLER = {
     "imagenet/val": "photographs:held-out",
     "--vae mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers": "--vae revq-tiny-f8c8 --image-size 64 --limit 24",
     "--tokens 512 --codes 16384": "--tokens 64 --codes 16 --calibration-samples 8",
-    "--epochs 100 --decoder-steps 2000": "--epochs 2 --batch-size 8 --decoder-steps 2 --decoder-batch-size 4 --width 32 --depth 1",
+    "--epochs 100 --decoder-steps 2000": "--epochs 2 --batch-size 8 --decoder-steps 2 --decoder-batch-size 4 --width 32 --depth 1 --codebook-lr 0",
     "run imagenet/val evaluation": "run imagenet/val evaluation --limit 4 --tolerance-images 1 --no-download",
 }
 
