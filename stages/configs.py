@@ -281,10 +281,10 @@ class Described:
             raise ConfigError(f"{name} must be a multiple of {rule.multiple_of}, not {value}")
         if rule.below is not None and not (rule.at_least or 0) <= value < rule.below:
             raise ConfigError(f"{name} must be in [{rule.at_least or 0:g},{rule.below:g}), not {value}")
-        if rule.at_least is not None and not value >= rule.at_least:
-            raise ConfigError(f"{name} must be at least {rule.at_least:g}, not {value}")
         if rule.at_most is not None and not (rule.at_least or 0) <= value <= rule.at_most:
             raise ConfigError(f"{name} must be from {rule.at_least or 0:g} to {rule.at_most:g}, not {value}")
+        if rule.at_least is not None and not value >= rule.at_least:
+            raise ConfigError(f"{name} must be at least {rule.at_least:g}, not {value}")
         if rule.above is not None and not value > rule.above:
             raise ConfigError(f"{name} must be above {rule.above:g}, not {value}")
 
