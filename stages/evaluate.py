@@ -242,8 +242,7 @@ def _identity(inputs: _Inputs) -> dict[str, Any]:
         "image_size": tokenizer.image_size,
         "precision": config.precision,
         "refine": config.refine,
-        "tolerance": config.tolerance,
-        "tolerance_images": config.tolerance_images,
+        "tolerance_images": config.tolerance_images if config.tolerance else 0,
         "seed": config.seed,
     }
 
