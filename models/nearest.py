@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,8 +21,9 @@ from ..errors import CodebookError, ConfigError, MismatchError
 if TYPE_CHECKING:
     from .box_search import BoxSearch
 
-BACKENDS = ("auto", "boxes", "product", "fused")
+BACKENDS = ("auto", "boxes", "scan", "product", "fused")
 _FUSED_MAX_DIMS = 8  # more would not fit a GPU thread's registers
+_THREAD_COST = 1 << 20  # squared differences that a thread is started for
 _BLOCK_VALUES = 1 << 22  # distances held at once by the blocked product: 16 MiB in float32
 
 
@@ -75,7 +76,7 @@ class NearestCodes:
         if self.backend == "boxes":
             from .box_search import BoxSearch
 
-            self._boxes = BoxSearch(_array(self.codebooks), partial(_in_threads, tokens=len(codebooks)))
+            self._boxes = BoxSearch(_array(self.codebooks), _in_threads)
 
     def move(self, codebooks: Tensor) -> None:
         """Search these codebooks (T,K,D) from now on, of the same shape as before: cheaper than a new object where codes moved a little.
@@ -103,6 +104,10 @@ class NearestCodes:
             return torch.empty(coordinates.shape[:2], dtype=torch.int64, device=coordinates.device)
         if self._boxes is not None:
             return torch.from_numpy(self._boxes.query(_array(coordinates))).to(coordinates.device)
+        if self.backend == "scan":
+            from .box_search import scan
+
+            return torch.from_numpy(scan(_array(coordinates), _array(self.codebooks), _in_threads)).to(coordinates.device)
         if self.backend == "fused":
             from .fused_nearest import fused_nearest
 
@@ -148,13 +153,14 @@ def _array(values: Tensor) -> NDArray[np.float32]:
     return values.float().cpu().numpy()
 
 
-def _in_threads(work: Callable[[int, int], object], tokens: int) -> None:
-    """`work(first, stop)` on one run of tokens for each of torch's threads; compiled loops do not hold the interpreter."""
-    threads = max(1, min(torch.get_num_threads(), tokens))
-    cuts = [tokens * part // threads for part in range(threads + 1)]
+def _in_threads(work: Callable[[int, int], object], count: int, cost: int) -> None:
+    """`work(first, stop)` on runs of the `count` things to do, one for each of torch's threads that the cost pays for, 0.1 ms to start them;
+    compiled loops do not hold the interpreter."""
+    threads = min(torch.get_num_threads(), count, 1 + cost // _THREAD_COST)
     if threads == 1:
-        work(0, tokens)
+        work(0, count)
         return
+    cuts = [count * part // threads for part in range(threads + 1)]
     with ThreadPoolExecutor(threads, thread_name_prefix="revq-nearest") as pool:
         list(pool.map(work, cuts[:-1], cuts[1:]))
 

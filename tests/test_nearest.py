@@ -20,7 +20,7 @@ from revq.errors import CodebookError, ConfigError, MismatchError
 from revq.models import box_search, nearest
 from revq.models.nearest import NearestCodes, _pick_backend
 
-BACKENDS = ["boxes", "product"]
+BACKENDS = ["boxes", "scan", "product"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
