@@ -5,7 +5,7 @@ codes of the nearest box are tried, then those of every box that could still hol
 with as many of them as it takes, which is what makes this several times faster than a k-d tree's walk. How the codes are cut decides the speed alone,
 not the answer: codes that move a little, as in training or k-means, keep their boxes (`move`).
 
-**A scan** compares 64 points at once with one code after the other: for few codes, for few points (that would not pay for the cutting), and for many
+**A scan** compares 32 points at once with one code after the other: for few codes, for few points (that would not pay for the cutting), and for many
 dims, where no box is out of reach.
 
 Distances are differences squared in float32; what comes within their rounding error of the best is compared again in float64, so the answer is exact,
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 _SPREAD = 1.5  # boxes that grew by so much since they were cut are cut anew
 _WAYS, _BINS, _LOOKED = 4, 256, 32  # parts per cut, bins of the rough sort before it, codes looked at to choose its dim
-_LANES, _FEW = 64, 8  # points that are scanned together; so few are scanned one by one
+_LANES, _FEW = 32, 8  # points that are scanned together; so few are scanned one by one
 Run = Callable[[Callable[[int, int], object], int, int], object]
 _TINY = np.float32(1e-37)  # covers what underflows
 _INFINITY = np.int32(0x7F800000)  # its bits
@@ -47,7 +47,7 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., An
 
 class BoxSearch:
     """The boxes of T codebooks. `run(work, count, cost)` is how to share the work: it calls work(first, stop) on runs of the `count` things to do, from
-    threads if it likes; `cost` is how many differences are squared in all."""
+    threads if it likes; `cost` is about how many ns they take one thread."""
 
     def __init__(self, codebooks: NDArray[np.float32], run: Run) -> None:
         """codebooks: (T,K,D), finite."""
@@ -67,13 +67,13 @@ class BoxSearch:
         """Search codebooks of the same shape: in the boxes of the earlier ones while these stay small."""
         codebooks = np.ascontiguousarray(codebooks)
         if self._extent < 0 or self._fill(codebooks) > _SPREAD * self._extent:
-            self._run(lambda first, stop: _cut(codebooks, self._order, first, stop), len(codebooks), codebooks.size)
+            self._run(lambda first, stop: _cut(codebooks, self._order, first, stop), len(codebooks), 25 * codebooks[..., 0].size)
             self._extent = self._fill(codebooks)
 
     def _fill(self, codebooks: NDArray[np.float32]) -> float:
         """Put the codes into their boxes; returns the mean extent of those."""
         arrays = (codebooks, self._order, self._codes, self._lowest, self._highest)
-        self._run(lambda first, stop: _fill(*arrays, first, stop), len(codebooks), codebooks.size)
+        self._run(lambda first, stop: _fill(*arrays, first, stop), len(codebooks), 2 * codebooks.size)
         return float((self._highest - self._lowest).mean())
 
     def query(self, points: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -81,7 +81,7 @@ class BoxSearch:
         points = np.ascontiguousarray(points)
         found = np.empty(points.shape[:2], np.int64)
         arrays = (points, self._codes, self._lowest, self._highest, self._order, found)
-        self._run(lambda first, stop: _search(*arrays, first, stop), found.size, points.size * self._codes[0, 0].size)
+        self._run(lambda first, stop: _search(*arrays, first, stop), found.size, 1000 * found.size)
         return found
 
 
@@ -89,7 +89,8 @@ def scan(points: NDArray[np.float32], codebooks: NDArray[np.float32], run: Run) 
     """points (T,N,D), codebooks (T,K,D) -> indices (T,N), by comparing with every code; `run` as for BoxSearch."""
     points, codebooks = np.ascontiguousarray(points), np.ascontiguousarray(codebooks)
     found = np.empty(points.shape[:2], np.int64)
-    run(lambda first, stop: _scan(points, codebooks, found, first, stop), found.size, points.size * codebooks.shape[1])
+    blocks = len(points) * -(-points.shape[1] // _LANES)
+    run(lambda first, stop: _scan(points, codebooks, found, first, stop), blocks, points.size * codebooks.shape[1] // 8)
     return found
 
 
@@ -232,15 +233,14 @@ def _measure(position, codes, distances, bits):  # type: ignore[no-untyped-def]
 
 @_compiled(fastmath=_FAST)
 def _scan(points, codebooks, found, first, stop):  # type: ignore[no-untyped-def]
-    """Fill found (T,N) for the points from `first` to `stop`, counted through all tokens."""
+    """Fill found (T,N) for the blocks of 32 points from `first` to `stop`; the last block of a token may be shorter."""
     _, count, dims = points.shape
-    together = np.zeros((dims, _LANES), np.float32)
-    distances = np.empty(_LANES, np.float32)
+    blocks = -(-count // _LANES)
+    together, distances = np.zeros((dims, _LANES), np.float32), np.empty(_LANES, np.float32)
     near, second, which = np.empty(_LANES, np.int32), np.empty(_LANES, np.int32), np.empty(_LANES, np.int32)
-    while first < stop:
-        token, start = first // count, first % count
-        lanes = min(_LANES, stop - first, count - start)
-        first += lanes
+    for flat in range(first, stop):
+        token, start = flat // blocks, flat % blocks * _LANES
+        lanes = min(_LANES, count - start)
         if lanes <= _FEW:
             for point in range(start, start + lanes):
                 found[token, point] = _scan_one(points[token, point], codebooks[token])
@@ -271,7 +271,7 @@ def _scan_one(position, codes):  # type: ignore[no-untyped-def]
 
 @_compiled(fastmath=_FAST)
 def _scan_together(together, codes, distances, bits, near, second, which):  # type: ignore[no-untyped-def]
-    """For points (D,64) the bits of the least two squared distances to codes (K,D) into near and second, and the code of the least into which."""
+    """For points (D,32) the bits of the least two squared distances to codes (K,D) into near and second, and the code of the least into which."""
     dims = len(together)
     rest = dims % 4
     near[:] = _INFINITY

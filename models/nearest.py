@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "boxes", "scan", "product", "fused")
 _FUSED_MAX_DIMS = 8  # more would not fit a GPU thread's registers
-_THREAD_COST = 1 << 20  # squared differences that a thread is started for
+_THREAD_NS = 1_000_000  # work that a thread is started for, which takes 0.1 ms
 _BLOCK_VALUES = 1 << 22  # distances held at once by the blocked product: 16 MiB in float32
 
 
@@ -154,15 +154,25 @@ def _array(values: Tensor) -> NDArray[np.float32]:
 
 
 def _in_threads(work: Callable[[int, int], object], count: int, cost: int) -> None:
-    """`work(first, stop)` on runs of the `count` things to do, one for each of torch's threads that the cost pays for, 0.1 ms to start them;
-    compiled loops do not hold the interpreter."""
-    threads = min(torch.get_num_threads(), count, 1 + cost // _THREAD_COST)
+    """`work(first, stop)` on small runs of the `count` things to do, from this thread and as many more of torch's number as the cost (ns) pays for;
+    compiled loops do not hold the interpreter. Who takes which run is a matter of luck, so that a busy core delays no one."""
+    threads = min(torch.get_num_threads(), count, 1 + cost // _THREAD_NS)
+    pieces = 1 if threads == 1 else min(count, 8 * threads)
+    cuts = [count * piece // pieces for piece in range(pieces + 1)]
+    runs = iter(list(zip(cuts[:-1], cuts[1:], strict=True)))
+
+    def take() -> None:
+        for first, stop in runs:
+            work(first, stop)
+
     if threads == 1:
-        work(0, count)
+        take()
         return
-    cuts = [count * part // threads for part in range(threads + 1)]
-    with ThreadPoolExecutor(threads, thread_name_prefix="revq-nearest") as pool:
-        list(pool.map(work, cuts[:-1], cuts[1:]))
+    with ThreadPoolExecutor(threads - 1, thread_name_prefix="revq-nearest") as pool:
+        others = [pool.submit(take) for _ in range(threads - 1)]
+        take()
+        for other in others:
+            other.result()
 
 
 def _nearest_by_product(coordinates: Tensor, codebooks: Tensor) -> Tensor:
