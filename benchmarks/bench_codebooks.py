@@ -1,7 +1,7 @@
 """Tables: what codebooks cost, against the plain way of doing the same. Ratios come from alternating repeats in this one run.
 
-    python benchmarks/bench_codebooks.py                 # everything that this machine can, about four minutes on two cores
-    python benchmarks/bench_codebooks.py --part nearest  # or kmeans, stage, gpu, imagenet
+    python benchmarks/bench_codebooks.py                 # everything that this machine can, about eight minutes on two cores
+    python benchmarks/bench_codebooks.py --part nearest  # or once, kmeans, stage, gpu, imagenet
     python benchmarks/bench_codebooks.py --part imagenet --synthetic 2000   # what a GPU does with 1.28 million latents, with fewer anywhere
 
 Peak memory is what a row takes beyond what was there before it (Linux; elsewhere left out). GPU rows appear where there is one.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import math
 import os
 import platform
@@ -29,12 +30,12 @@ from synthetic import make_store
 from torch import Tensor
 
 from revq.models.kmeans import kmeans
-from revq.models.nearest import NearestCodes, nearest_codes
+from revq.models.nearest import NearestCodes, _pick_backend, nearest_codes
 from revq.stages.encode_latents import EncodeLatentsConfig, encode_latents
 from revq.stages.events import Begin, Result, run_quietly
 from revq.stages.fit_codebooks import POINTS_PER_CODE, FitCodebooksConfig, fit_codebooks
 
-PARTS = ("nearest", "kmeans", "stage", "gpu", "imagenet")
+PARTS = ("nearest", "once", "kmeans", "stage", "gpu", "imagenet")
 IMAGENET = 1_281_167
 LINEAR_VAE = """
 import torch
@@ -138,6 +139,59 @@ def nearest_part(repeats: int) -> None:
         rows = [("", "time", "times faster", "peak memory")]
         rows += [(name, f"{1000 * seconds:.1f} ms", f"{plain / seconds:.1f}", f"{mib:.0f} MiB") for name, (seconds, mib) in found.items()]
         table(f"assignment, T=64 N=256 D=4 K={codes} (aim: {aim:g} times with frozen codebooks)", rows)
+
+
+def by_product(points: Tensor, codebooks: Tensor) -> Tensor:
+    """Blocks of a matrix product, without a check of what cancels: not exact."""
+    half_norms = codebooks.square().sum(2).div(2).unsqueeze(1)
+    rows = max(1, (1 << 22) // codebooks[..., 0].numel())
+    return torch.cat([torch.baddbmm(half_norms, some, codebooks.mT, alpha=-1).argmin(2) for some in points.split(rows, 1)], 1)
+
+
+def least_times(ways: dict[str, Callable[[], object]], seconds: float = 0.4) -> dict[str, float]:
+    """Least seconds of each way. Each gets some calls in a row, since torch's threads spin for a while after theirs and take the cores of the next."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        for name, way in ways.items():
+            turn = time.perf_counter()
+            while time.perf_counter() - turn < 0.02:
+                began = time.perf_counter()
+                way()
+                times[name].append(time.perf_counter() - began)
+    return {name: min(each) for name, each in times.items()}
+
+
+def once_part() -> None:
+    """One search of codebooks never seen: what `auto` picks by (models/nearest.py). In a cell how many times faster it is than each other way."""
+    tokens, most = 2, 1 << 24
+    worst: dict[str, tuple[float, str]] = {}
+    counts = (1, 16, 256, 4096, 100_000)
+    rows = [("", *(f"N={count}" for count in counts))]
+    for codes, dims in itertools.product((16, 256, 1024, 4096, 16384, 65536), (1, 4, 8, 16, 32)):
+        cells = []
+        for count in counts:
+            points = random_points(tokens, min(count, most // codes // tokens), dims)
+            codebooks = random_points(tokens, codes, dims, seed=1)
+            ways: dict[str, Callable[[], object]] = {name: partial(once, name, points, codebooks) for name in ("boxes", "scan", "product")}
+            ways |= {"plain": partial(by_product, points, codebooks), "auto": partial(nearest_codes, points, codebooks)}
+            found = least_times(ways)
+            picked = _pick_backend(points.device, codes, dims, points.shape[1])
+            times = {name: found[name] / found["auto"] for name in ways if name not in ("auto", picked)}
+            worst |= {name: (ratio, f"K={codes} D={dims} N={count}") for name, ratio in times.items() if ratio < worst.get(name, (math.inf,))[0]}
+            cells.append(f"{picked} {1000 * found['auto']:.2f} ms: " + " ".join(f"{ratio:.1f}" for ratio in times.values()))
+        rows.append((f"K={codes} D={dims}", *cells))
+    table(
+        f"one search, T={tokens}: what auto picks, its time, and how many times slower the other of boxes and scan, the blocked product, and a plain "
+        f"product with argmin are; of more than {most:,} distances as many points as make these",
+        rows,
+    )
+    for name, (ratio, cell) in worst.items():
+        print(f"  least for {name}: {ratio:.2f} at {cell}")
+
+
+def once(backend: str, points: Tensor, codebooks: Tensor) -> Tensor:
+    return NearestCodes(codebooks, backend).query(points)
 
 
 def mean_error(points: Tensor, codebooks: Tensor) -> float:
@@ -264,6 +318,8 @@ def main() -> None:
     print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     if "nearest" in parts:
         nearest_part(args.repeats)
+    if "once" in parts:
+        once_part()
     if "kmeans" in parts:
         kmeans_part(max(1, args.repeats - 2))
     if "stage" in parts:

@@ -1,9 +1,9 @@
 """Exact nearest code on a CPU, in compiled loops: by boxes of codes, most of which a point never opens, or by a scan of all codes.
 
 **Boxes.** A codebook is cut in quarters along its widest dim, again and again. For a point the distances to all boxes are bounded at once, then the
-codes of the nearest box are tried, then those of every box that could still hold a nearer one. Boxes and codes lie so that a vector register is filled
-with as many of them as it takes, which is what makes this several times faster than a k-d tree's walk. How the codes are cut decides the speed alone,
-not the answer: codes that move a little, as in training or k-means, keep their boxes (`move`).
+codes of the nearest box are tried, then those of every box that could still hold a nearer one. Boxes and codes lie so that as many as fit are loaded
+into a vector register, which makes this several times faster than a k-d tree's walk. How the codes are cut decides the speed alone, not the answer:
+codes that move a little, as in training or k-means, keep their boxes (`move`).
 
 **A scan** compares 32 points at once with one code after the other: for few codes, for few points (that would not pay for the cutting), and for many
 dims, where no box is out of reach.
@@ -46,8 +46,8 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., An
 
 
 class BoxSearch:
-    """The boxes of T codebooks. `run(work, count, cost)` is how to share the work: it calls work(first, stop) on runs of the `count` things to do, from
-    threads if it likes; `cost` is about how many ns they take one thread."""
+    """The boxes of T codebooks. `run(work, count, cost)` is how to share the work: it calls work(first, stop) on runs of the `count` things to do,
+    from threads if it likes; `cost` is about how many ns they take one thread."""
 
     def __init__(self, codebooks: NDArray[np.float32], run: Run) -> None:
         """codebooks: (T,K,D), finite."""
@@ -87,11 +87,21 @@ class BoxSearch:
 
 def scan(points: NDArray[np.float32], codebooks: NDArray[np.float32], run: Run) -> NDArray[np.int64]:
     """points (T,N,D), codebooks (T,K,D) -> indices (T,N), by comparing with every code; `run` as for BoxSearch."""
-    points, codebooks = np.ascontiguousarray(points), np.ascontiguousarray(codebooks)
+    points, codebooks = (_in_fours(values) if points.shape[1] > _FEW else np.ascontiguousarray(values) for values in (points, codebooks))
     found = np.empty(points.shape[:2], np.int64)
     blocks = len(points) * -(-points.shape[1] // _LANES)
     run(lambda first, stop: _scan(points, codebooks, found, first, stop), blocks, points.size * codebooks.shape[1] // 8)
     return found
+
+
+def _in_fours(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Values (...,D) with zeros added until D is a multiple of four."""
+    *shape, dims = values.shape
+    if dims % 4 == 0:
+        return np.ascontiguousarray(values)
+    padded = np.zeros((*shape, dims + -dims % 4), np.float32)
+    padded[..., :dims] = values
+    return padded
 
 
 @_compiled()
@@ -272,18 +282,13 @@ def _scan_one(position, codes):  # type: ignore[no-untyped-def]
 @_compiled(fastmath=_FAST)
 def _scan_together(together, codes, distances, bits, near, second, which):  # type: ignore[no-untyped-def]
     """For points (D,32) the bits of the least two squared distances to codes (K,D) into near and second, and the code of the least into which."""
-    dims = len(together)
-    rest = dims % 4
     near[:] = _INFINITY
     second[:] = _INFINITY
     which[:] = 0
     for code in range(len(codes)):
         row = codes[code]
-        for dim in range(rest):
-            for lane in range(_LANES):
-                a = together[dim, lane] - row[dim]
-                distances[lane] = a * a + (distances[lane] if dim else np.float32(0))
-        for dim in range(rest, dims, 4):  # four at once, since sums go through memory
+        for four in range(len(together) // 4):  # since sums go through memory
+            dim = 4 * four  # a range in steps of four takes twice as long
             for lane in range(_LANES):
                 a, b = together[dim, lane] - row[dim], together[dim + 1, lane] - row[dim + 1]
                 c, d = together[dim + 2, lane] - row[dim + 2], together[dim + 3, lane] - row[dim + 3]

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,14 +42,17 @@ def nearest_codes(coordinates: Tensor, codebooks: Tensor) -> Tensor:
         CodebookError: the codebooks are not (T,K,D), or hold no code.
         MismatchError: the coordinates are not (T,N,D) of the same T and D.
     """
-    return NearestCodes(codebooks).query(coordinates)
+    _check_codebooks(codebooks)
+    points = coordinates.shape[1] if coordinates.ndim == 3 else 0
+    return NearestCodes(codebooks, _pick_backend(codebooks.device, *codebooks.shape[1:], points)).query(coordinates)
 
 
 class NearestCodes:
     """A search structure over fixed codebooks; every backend finds the same codes, up to the rounding of equally near ones.
 
-    - "boxes": compiled loops over small boxes of codes (box_search.py), on torch's number of threads. The fastest on a CPU. Cutting the
-      boxes costs as much as searching a thousand points: keep this object while the codebooks stay the same, and `move` it when they change a bit.
+    - "boxes": compiled loops over small boxes of codes (box_search.py), on torch's number of threads. The fastest on a CPU for many codes of few
+      dims. Keep this object while the codebooks stay the same, and `move` it when they change a bit: the boxes need not be cut again.
+    - "scan": compiled loops over all codes, likewise. The fastest on a CPU for few codes, few points, or many dims.
     - "product": blocks of a matrix product; anywhere, any D.
     - "fused": one GPU kernel (Triton) that keeps each point's minimum in registers and writes no distances to memory.
     """
@@ -58,20 +62,19 @@ class NearestCodes:
 
         Args:
             codebooks: (T,K,D) float32, finite; copied into boxes, or referred to.
-            backend: "boxes", "product", "fused", or "auto" (by device and D).
+            backend: "boxes", "scan", "product", "fused", or "auto" (by device, K and D).
 
         Raises:
             ConfigError: the backend asked for needs a package that is not installed.
             CodebookError: the codebooks are not (T,K,D), or hold no code.
         """
-        if codebooks.ndim != 3 or 0 in codebooks.shape:
-            raise CodebookError(f"codebooks must be of shape (T,K,D) with at least one code each, not {tuple(codebooks.shape)}")
+        _check_codebooks(codebooks)
         self.codebooks = codebooks.detach()
-        self.backend = _pick_backend(codebooks.device, codebooks.shape[2]) if backend == "auto" else backend
+        self.backend = _pick_backend(codebooks.device, *codebooks.shape[1:]) if backend == "auto" else backend
         if self.backend == "fused" and not _has("triton"):
             raise ConfigError("the fused search needs Triton, which PyTorch's CUDA builds bring; use the backend product")
-        if self.backend == "boxes" and not _has("numba"):
-            raise ConfigError("the search in boxes needs Numba; install it, or use the backend product")
+        if self.backend in ("boxes", "scan") and not _has("numba"):
+            raise ConfigError(f"the backend {self.backend} needs Numba; install it, or use the backend product")
         self._boxes: BoxSearch | None = None
         if self.backend == "boxes":
             from .box_search import BoxSearch
@@ -121,10 +124,19 @@ def search_note(device: torch.device, dims: int) -> str:
     return f"the fused search of nearest codes is not to be had here ({fault}); going on with matrix products, somewhat slower" if fault else ""
 
 
-def _pick_backend(device: torch.device, dims: int) -> str:
+def _check_codebooks(codebooks: Tensor) -> None:
+    if codebooks.ndim != 3 or 0 in codebooks.shape:
+        raise CodebookError(f"codebooks must be of shape (T,K,D) with at least one code each, not {tuple(codebooks.shape)}")
+
+
+def _pick_backend(device: torch.device, codes: int, dims: int, points: int | None = None) -> str:
+    """The fastest backend for N points and no more; without a number of points, for ever more of them."""
     if _is_for_fused(device, dims) and not _fused_fault(device, dims):
         return "fused"
-    return "boxes" if device.type == "cpu" and _has("numba") else "product"
+    if device.type != "cpu" or not _has("numba"):
+        return "product"
+    # Where `benchmarks/bench_codebooks.py --part once` finds boxes faster, on points and codes without structure, which are the worst for boxes.
+    return "boxes" if dims <= 12 and codes >= 256 * dims and (points is None or points >= 128) else "scan"
 
 
 def _is_for_fused(device: torch.device, dims: int) -> bool:
@@ -159,7 +171,7 @@ def _in_threads(work: Callable[[int, int], object], count: int, cost: int) -> No
     threads = min(torch.get_num_threads(), count, 1 + cost // _THREAD_NS)
     pieces = 1 if threads == 1 else min(count, 8 * threads)
     cuts = [count * piece // pieces for piece in range(pieces + 1)]
-    runs = iter(list(zip(cuts[:-1], cuts[1:], strict=True)))
+    runs = iter(list(pairwise(cuts)))
 
     def take() -> None:
         for first, stop in runs:
