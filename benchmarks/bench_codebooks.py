@@ -17,7 +17,6 @@ import itertools
 import math
 import os
 import platform
-import statistics
 import tempfile
 import time
 import warnings
@@ -90,9 +89,9 @@ def peak_kib() -> float:
 
 
 def compare(ways: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, tuple[float, float]]:
-    """Median seconds and largest peak MiB of each way, taken in turn; the first round warms up, and its time does not count."""
+    """Least seconds and largest peak MiB of each way, taken in turn; the first round warms up, and its time does not count."""
     rounds = [{name: measured(way, device) for name, way in ways.items()} for _ in range(repeats + 1)]
-    return {name: (statistics.median(each[name][0] for each in rounds[1:]), max(each[name][1] for each in rounds)) for name in ways}
+    return {name: (min(each[name][0] for each in rounds[1:]), max(each[name][1] for each in rounds)) for name in ways}
 
 
 def table(title: str, rows: list[tuple[str, ...]]) -> None:
@@ -149,7 +148,7 @@ def by_product(points: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def least_times(ways: dict[str, Callable[[], object]], seconds: float = 0.4) -> dict[str, float]:
-    """Least seconds of each way. Each gets some calls in a row, since torch's threads spin for a while after theirs and take the cores of the next."""
+    """Least seconds of each way. Each gets some calls in a row, since torch's threads spin a while after theirs and keep the cores."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     started = time.perf_counter()
     while time.perf_counter() - started < seconds:

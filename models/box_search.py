@@ -74,7 +74,7 @@ class BoxSearch:
         """Put the codes into their boxes; returns the mean extent of those."""
         arrays = (codebooks, self._order, self._codes, self._lowest, self._highest)
         self._run(lambda first, stop: _fill(*arrays, first, stop), len(codebooks), 2 * codebooks.size)
-        return float((self._highest - self._lowest).mean())
+        return float(np.subtract(self._highest, self._lowest, dtype=np.float64).mean())
 
     def query(self, points: NDArray[np.float32]) -> NDArray[np.int64]:
         """points (T,N,D) -> indices (T,N)."""

@@ -136,7 +136,7 @@ def _pick_backend(device: torch.device, codes: int, dims: int, points: int | Non
     if device.type != "cpu" or not _has("numba"):
         return "product"
     # Where `benchmarks/bench_codebooks.py --part once` finds boxes faster, on points and codes without structure, which are the worst for boxes.
-    return "boxes" if dims <= 12 and codes >= 256 * dims and (points is None or points >= 128) else "scan"
+    return "boxes" if dims <= 12 and codes >= max(512, 256 * dims) and (points is None or points >= 128) else "scan"
 
 
 def _is_for_fused(device: torch.device, dims: int) -> bool:
