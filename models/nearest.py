@@ -44,7 +44,7 @@ def nearest_codes(coordinates: Tensor, codebooks: Tensor) -> Tensor:
     """
     _check_codebooks(codebooks)
     points = coordinates.shape[1] if coordinates.ndim == 3 else 0
-    return NearestCodes(codebooks, _pick_backend(codebooks.device, *codebooks.shape[1:], points)).query(coordinates)
+    return NearestCodes(codebooks, _pick_backend(codebooks.device, codebooks.shape[1], codebooks.shape[2], points)).query(coordinates)
 
 
 class NearestCodes:
@@ -70,7 +70,7 @@ class NearestCodes:
         """
         _check_codebooks(codebooks)
         self.codebooks = codebooks.detach()
-        self.backend = _pick_backend(codebooks.device, *codebooks.shape[1:]) if backend == "auto" else backend
+        self.backend = _pick_backend(codebooks.device, codebooks.shape[1], codebooks.shape[2]) if backend == "auto" else backend
         if self.backend == "fused" and not _has("triton"):
             raise ConfigError("the fused search needs Triton, which PyTorch's CUDA builds bring; use the backend product")
         if self.backend in ("boxes", "scan") and not _has("numba"):
