@@ -273,6 +273,14 @@ def test_any_number_of_threads_finds_the_same_codes(tokens: int, backend: str) -
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_codes_that_float32_cannot_tell_apart_are_told_apart_in_float64(backend: str) -> None:
+    generator = torch.Generator().manual_seed(9)
+    codebooks = torch.nn.functional.normalize(torch.randn(2, 600, 6, generator=generator), dim=2)  # all as far from 0, but for the rounding
+    points = 1e-8 * torch.randn(2, 40, 6, generator=generator)
+    assert torch.equal(NearestCodes(codebooks, backend).query(points), oracle_distances(points, codebooks).argmin(2))
+
+
 def test_boxes_are_cut_anew_only_when_codes_have_moved_far(monkeypatch: pytest.MonkeyPatch) -> None:
     cuts = []
     cut = box_search._cut
