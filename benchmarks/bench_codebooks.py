@@ -1,6 +1,6 @@
 """Tables: what codebooks cost, against the plain way of doing the same. Ratios come from alternating repeats in this one run.
 
-    python benchmarks/bench_codebooks.py                 # everything that this machine can, about four minutes on two cores
+    python benchmarks/bench_codebooks.py                 # everything that this machine can, about eight minutes on two cores
     python benchmarks/bench_codebooks.py --part nearest  # or once, kmeans, stage, gpu, imagenet
     python benchmarks/bench_codebooks.py --part imagenet --synthetic 2000   # what a GPU does with 1.28 million latents, with fewer anywhere
 
@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import math
 import os
 import platform
-import statistics
 import tempfile
 import time
 import warnings
@@ -29,7 +29,7 @@ from synthetic import make_store
 from torch import Tensor
 
 from revq.models.kmeans import kmeans
-from revq.models.nearest import NearestCodes, nearest_codes
+from revq.models.nearest import NearestCodes, _pick_backend, nearest_codes
 from revq.stages.configs import EncodeLatentsConfig, FitCodebooksConfig
 from revq.stages.encode_latents import encode_latents
 from revq.stages.events import Begin, Result, run_quietly
@@ -90,9 +90,9 @@ def peak_kib() -> float:
 
 
 def compare(ways: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, tuple[float, float]]:
-    """Median seconds and largest peak MiB of each way, taken in turn; the first round warms up, and its time does not count."""
+    """Least seconds and largest peak MiB of each way, taken in turn; the first round warms up, and its time does not count."""
     rounds = [{name: measured(way, device) for name, way in ways.items()} for _ in range(repeats + 1)]
-    return {name: (statistics.median(each[name][0] for each in rounds[1:]), max(each[name][1] for each in rounds)) for name in ways}
+    return {name: (min(each[name][0] for each in rounds[1:]), max(each[name][1] for each in rounds)) for name in ways}
 
 
 def table(title: str, rows: list[tuple[str, ...]]) -> None:
@@ -141,25 +141,57 @@ def nearest_part(repeats: int) -> None:
         table(f"assignment, T=64 N=256 D=4 K={codes} (aim: {aim:g} times with frozen codebooks)", rows)
 
 
-def once_part(repeats: int) -> None:
-    """One call with codebooks never seen, boxes against the product, over all sizes: `auto` takes boxes on a CPU because of this table."""
-    sizes, rows = (16, 64, 256, 1024, 4096, 16384, 65536), []
-    for dims in (1, 2, 4, 8, 16, 32):
-        for points in (1, 16, 256, 4096, 100_000):
-            row = []
-            for codes in sizes:
-                if points * codes > 1 << 27:
-                    row.append("")
-                    continue
-                tokens = max(1, min(64, (1 << 23) // (points * codes)))
-                x, books = random_points(tokens, points, dims), random_points(tokens, codes, dims, seed=1)
-                ways = {name: lambda name=name: NearestCodes(books, name, points=points).query(x) for name in ("boxes", "product")}  # noqa: B023
-                rounds = [{name: measured(way)[0] for name, way in ways.items()} for _ in range(repeats + 1)]
-                best = {name: min(each[name] for each in rounds[1:]) for name in ways}
-                row.append(f"{best['product'] / best['boxes']:.1f}")
-            rows.append((f"D={dims} N={points}", *row))
-    heads = ("one call", *(f"K={codes}" for codes in sizes))
-    table("times faster than the product, cutting included; T = 1 to 64, as many as keep a call short", [heads, *rows])
+def by_product(points: Tensor, codebooks: Tensor) -> Tensor:
+    """Blocks of a matrix product, without a check of what cancels: not exact."""
+    half_norms = codebooks.square().sum(2).div(2).unsqueeze(1)
+    rows = max(1, (1 << 22) // codebooks[..., 0].numel())
+    return torch.cat([torch.baddbmm(half_norms, some, codebooks.mT, alpha=-1).argmin(2) for some in points.split(rows, 1)], 1)
+
+
+def least_times(ways: dict[str, Callable[[], object]], seconds: float = 0.4) -> dict[str, float]:
+    """Least seconds of each way. Each gets some calls in a row, since torch's threads spin a while after theirs and keep the cores."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds or len(next(iter(times.values()))) < 5:
+        for name, way in ways.items():
+            turn = time.perf_counter()
+            while time.perf_counter() - turn < 0.02:
+                began = time.perf_counter()
+                way()
+                times[name].append(time.perf_counter() - began)
+    return {name: min(each) for name, each in times.items()}
+
+
+def once_part() -> None:
+    """One search of codebooks never seen: what `auto` picks by (models/nearest.py). In a cell how many times faster it is than each other way."""
+    tokens, most = 2, 1 << 24
+    worst: dict[str, tuple[float, str]] = {}
+    counts = (1, 16, 256, 4096, 100_000)
+    rows = [("", *(f"N={count}" for count in counts))]
+    for codes, dims in itertools.product((16, 256, 1024, 4096, 16384, 65536), (1, 4, 8, 16, 32)):
+        cells = []
+        for count in counts:
+            points = random_points(tokens, min(count, most // codes // tokens), dims)
+            codebooks = random_points(tokens, codes, dims, seed=1)
+            ways: dict[str, Callable[[], object]] = {name: partial(once, name, points, codebooks) for name in ("boxes", "scan", "product")}
+            ways |= {"plain": partial(by_product, points, codebooks), "auto": partial(nearest_codes, points, codebooks)}
+            found = least_times(ways)
+            picked = _pick_backend(points.device, codes, dims, points.shape[1])
+            times = {name: found[name] / found["auto"] for name in ways if name not in ("auto", picked)}
+            worst |= {name: (ratio, f"K={codes} D={dims} N={count}") for name, ratio in times.items() if ratio < worst.get(name, (math.inf,))[0]}
+            cells.append(f"{picked} {1000 * found['auto']:.2f} ms: " + " ".join(f"{ratio:.1f}" for ratio in times.values()))
+        rows.append((f"K={codes} D={dims}", *cells))
+    table(
+        f"one search, T={tokens}: what auto picks, its time, and how many times slower the other of boxes and scan, the blocked product, and a plain "
+        f"product with argmin are; of more than {most:,} distances as many points as make these",
+        rows,
+    )
+    for name, (ratio, cell) in worst.items():
+        print(f"  least for {name}: {ratio:.2f} at {cell}")
+
+
+def once(backend: str, points: Tensor, codebooks: Tensor) -> Tensor:
+    return NearestCodes(codebooks, backend).query(points)
 
 
 def mean_error(points: Tensor, codebooks: Tensor) -> float:
@@ -287,7 +319,7 @@ def main() -> None:
     if "nearest" in parts:
         nearest_part(args.repeats)
     if "once" in parts:
-        once_part(args.repeats)
+        once_part()
     if "kmeans" in parts:
         kmeans_part(max(1, args.repeats - 2))
     if "stage" in parts:

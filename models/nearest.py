@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,9 +22,9 @@ from ..errors import CodebookError, ConfigError, MismatchError, one_line
 if TYPE_CHECKING:
     from .box_search import BoxSearch
 
-BACKENDS = ("auto", "boxes", "product", "fused")
+BACKENDS = ("auto", "boxes", "scan", "product", "fused")
 _FUSED_MAX_DIMS = 8  # more would not fit a GPU thread's registers
-_WORTH_THREADS = 1 << 18
+_THREAD_NS = 1_000_000  # work that a thread is started for, which takes 0.1 ms
 _BLOCK_VALUES = 1 << 22  # distances held at once by the blocked product: 16 MiB in float32
 
 
@@ -41,43 +42,44 @@ def nearest_codes(coordinates: Tensor, codebooks: Tensor) -> Tensor:
         CodebookError: the codebooks are not (T,K,D), or hold no code.
         MismatchError: the coordinates are not (T,N,D) of the same T and D.
     """
-    return NearestCodes(codebooks, points=coordinates.shape[1] if coordinates.ndim == 3 else None).query(coordinates)
+    _check_codebooks(codebooks)
+    points = coordinates.shape[1] if coordinates.ndim == 3 else 0
+    return NearestCodes(codebooks, _pick_backend(codebooks.device, codebooks.shape[1], codebooks.shape[2], points)).query(coordinates)
 
 
 class NearestCodes:
     """A search structure over fixed codebooks; every backend finds the same codes, up to the rounding of equally near ones.
 
-    - "boxes": compiled loops over small boxes of codes (box_search.py), on torch's number of threads. The fastest on a CPU. Cutting the
-      boxes costs as much as searching some hundred points: keep this object while the codebooks stay the same, and `move` it when they change a bit.
+    - "boxes": compiled loops over small boxes of codes (box_search.py), on torch's number of threads. The fastest on a CPU for many codes of few
+      dims. Keep this object while the codebooks stay the same, and `move` it when they change a bit: the boxes need not be cut again.
+    - "scan": compiled loops over all codes, likewise. The fastest on a CPU for few codes, few points, or many dims.
     - "product": blocks of a matrix product; anywhere, any D.
     - "fused": one GPU kernel (Triton) that keeps each point's minimum in registers and writes no distances to memory.
     """
 
-    def __init__(self, codebooks: Tensor, backend: str = "auto", *, points: int | None = None) -> None:
+    def __init__(self, codebooks: Tensor, backend: str = "auto") -> None:
         """Prepare the search.
 
         Args:
             codebooks: (T,K,D) float32, finite; copied into boxes, or referred to.
-            backend: "boxes", "product", "fused", or "auto" (by device and sizes).
-            points: N of the only query that will come; None means many.
+            backend: "boxes", "scan", "product", "fused", or "auto" (by device, K and D).
 
         Raises:
             ConfigError: the backend asked for needs a package that is not installed.
             CodebookError: the codebooks are not (T,K,D), or hold no code.
         """
-        if codebooks.ndim != 3 or 0 in codebooks.shape:
-            raise CodebookError(f"codebooks must be of shape (T,K,D) with at least one code each, not {tuple(codebooks.shape)}")
+        _check_codebooks(codebooks)
         self.codebooks = codebooks.detach()
-        self.backend = _pick_backend(codebooks.device, codebooks.shape[2]) if backend == "auto" else backend
+        self.backend = _pick_backend(codebooks.device, codebooks.shape[1], codebooks.shape[2]) if backend == "auto" else backend
         if self.backend == "fused" and not _has("triton"):
             raise ConfigError("the fused search needs Triton, which PyTorch's CUDA builds bring; use the backend product")
-        if self.backend == "boxes" and not _has("numba"):
-            raise ConfigError("the search in boxes needs Numba; install it, or use the backend product")
+        if self.backend in ("boxes", "scan") and not _has("numba"):
+            raise ConfigError(f"the backend {self.backend} needs Numba; install it, or use the backend product")
         self._boxes: BoxSearch | None = None
         if self.backend == "boxes":
             from .box_search import BoxSearch
 
-            self._boxes = BoxSearch(_array(self.codebooks), _in_threads, points=points)
+            self._boxes = BoxSearch(_array(self.codebooks), _in_threads)
 
     def move(self, codebooks: Tensor) -> None:
         """Search these codebooks (T,K,D) from now on, of the same shape as before: cheaper than a new object where codes moved a little.
@@ -105,6 +107,10 @@ class NearestCodes:
             return torch.empty(coordinates.shape[:2], dtype=torch.int64, device=coordinates.device)
         if self._boxes is not None:
             return torch.from_numpy(self._boxes.query(_array(coordinates))).to(coordinates.device)
+        if self.backend == "scan":
+            from .box_search import scan
+
+            return torch.from_numpy(scan(_array(coordinates), _array(self.codebooks), _in_threads)).to(coordinates.device)
         if self.backend == "fused":
             from .fused_nearest import fused_nearest
 
@@ -118,10 +124,19 @@ def search_note(device: torch.device, dims: int) -> str:
     return f"the fused search of nearest codes is not to be had here ({fault}); going on with matrix products, somewhat slower" if fault else ""
 
 
-def _pick_backend(device: torch.device, dims: int) -> str:
+def _check_codebooks(codebooks: Tensor) -> None:
+    if codebooks.ndim != 3 or 0 in codebooks.shape:
+        raise CodebookError(f"codebooks must be of shape (T,K,D) with at least one code each, not {tuple(codebooks.shape)}")
+
+
+def _pick_backend(device: torch.device, codes: int, dims: int, points: int | None = None) -> str:
+    """The fastest backend for N points and no more; without a number of points, for ever more of them."""
     if _is_for_fused(device, dims) and not _fused_fault(device, dims):
         return "fused"
-    return "boxes" if device.type == "cpu" and _has("numba") else "product"
+    if device.type != "cpu" or not _has("numba"):
+        return "product"
+    # Where `benchmarks/bench_codebooks.py --part once` finds boxes faster, on points and codes without structure, which are the worst for boxes.
+    return "boxes" if dims <= 12 and codes >= max(512, 256 * dims) and (points is None or points >= 128) else "scan"
 
 
 def _is_for_fused(device: torch.device, dims: int) -> bool:
@@ -150,16 +165,26 @@ def _array(values: Tensor) -> NDArray[np.float32]:
     return values.float().cpu().numpy()
 
 
-def _in_threads(work: Callable[[int, int], object], count: int, size: int) -> None:
-    """`work(first, stop)` on one run of 0..count for each of torch's threads; compiled loops do not hold the interpreter. Starting threads takes as
-    long as touching some hundred thousand numbers."""
-    threads = max(1, min(torch.get_num_threads(), count)) if size > _WORTH_THREADS else 1
-    cuts = [count * part // threads for part in range(threads + 1)]
+def _in_threads(work: Callable[[int, int], object], count: int, cost: int) -> None:
+    """`work(first, stop)` on small runs of the `count` things to do, from this thread and as many more of torch's number as the cost (ns) pays for;
+    compiled loops do not hold the interpreter. Who takes which run is a matter of luck, so that a busy core delays no one."""
+    threads = min(torch.get_num_threads(), count, 1 + cost // _THREAD_NS)
+    pieces = 1 if threads == 1 else min(count, 8 * threads)
+    cuts = [count * piece // pieces for piece in range(pieces + 1)]
+    runs = iter(list(pairwise(cuts)))
+
+    def take() -> None:
+        for first, stop in runs:
+            work(first, stop)
+
     if threads == 1:
-        work(0, count)
+        take()
         return
-    with ThreadPoolExecutor(threads, thread_name_prefix="revq-nearest") as pool:
-        list(pool.map(work, cuts[:-1], cuts[1:]))
+    with ThreadPoolExecutor(threads - 1, thread_name_prefix="revq-nearest") as pool:
+        others = [pool.submit(take) for _ in range(threads - 1)]
+        take()
+        for other in others:
+            other.result()
 
 
 def _nearest_by_product(coordinates: Tensor, codebooks: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from revq.errors import CodebookError, ConfigError, MismatchError
 from revq.models import box_search, nearest
 from revq.models.nearest import NearestCodes, _pick_backend
 
-BACKENDS = ["boxes", "product"]
+BACKENDS = ["boxes", "scan", "product"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -160,17 +160,18 @@ def test_a_codebook_of_one_code_repeated_many_times_answers_with_the_first(backe
     assert not NearestCodes(codebooks, backend).query(torch.randn(2, 9, 4)).any()
 
 
-def test_the_backend_is_chosen_by_device_dims_and_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backend_is_chosen_by_device_codes_dims_points_and_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr("revq.models.nearest._has", lambda package: True)
     monkeypatch.setattr("revq.models.nearest._fused_fault", lambda device, dims: "")
-    assert _pick_backend(cpu, 4) == _pick_backend(cpu, 64) == "boxes"
-    assert _pick_backend(gpu, 4) == "fused"
-    assert _pick_backend(gpu, 64) == "product"
+    assert _pick_backend(cpu, 1024, 4) == _pick_backend(cpu, 1024, 4, points=256) == "boxes"
+    assert _pick_backend(cpu, 512, 4) == _pick_backend(cpu, 1024, 16) == _pick_backend(cpu, 1024, 4, points=16) == "scan"
+    assert _pick_backend(gpu, 1024, 4) == "fused"
+    assert _pick_backend(gpu, 1024, 64) == "product"
     monkeypatch.setattr("revq.models.nearest._has", lambda package: False)
     monkeypatch.setattr("revq.models.nearest._fused_fault", lambda device, dims: "ModuleNotFoundError")
-    assert _pick_backend(cpu, 4) == _pick_backend(gpu, 4) == "product"
-    for backend, package in (("fused", "Triton"), ("boxes", "Numba")):
+    assert _pick_backend(cpu, 1024, 4) == _pick_backend(gpu, 1024, 4) == "product"
+    for backend, package in (("fused", "Triton"), ("boxes", "Numba"), ("scan", "Numba")):
         with pytest.raises(ConfigError, match=f"needs {package}"):
             NearestCodes(torch.randn(1, 4, 4), backend)
 
@@ -223,6 +224,61 @@ def test_codes_whose_squared_distances_leave_float32_are_still_told_apart(size: 
     generator = torch.Generator().manual_seed(5)
     codebooks, points = size * torch.randn(2, 300, 4, generator=generator), size * torch.randn(2, 40, 4, generator=generator)
     assert torch.equal(NearestCodes(codebooks, "boxes").query(points), oracle_distances(points, codebooks).argmin(2))
+
+
+def awkward(kind: str) -> Tensor:
+    """(2,5000,3) codes whose spread says little about where most of them are."""
+    codes = torch.randn(2, 5000, 3, generator=torch.Generator().manual_seed(6))
+    if kind == "a few far away":
+        codes[:, ::999] *= 1e20
+    elif kind == "as wide as float32":
+        codes[:, ::2, 1], codes[:, 1::2, 1] = 3e38, -3e38
+    elif kind == "on a line":
+        codes[..., 1:] = 0
+    elif kind == "in two clumps":
+        codes = codes.sign() * torch.tensor([1e-4, 1.0, 0.0]) + 1e-6 * codes
+    return codes
+
+
+@pytest.mark.parametrize("backend", ["boxes", "scan"])
+@pytest.mark.parametrize("kind", ["a few far away", "as wide as float32", "on a line", "in two clumps"])
+def test_codebooks_that_do_not_cut_into_even_boxes_are_searched_all_the_same(kind: str, backend: str) -> None:
+    codebooks = awkward(kind)
+    points = codebooks[:, ::13] + 1e-3 * torch.randn(2, 385, 3, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(NearestCodes(codebooks, backend).query(points), oracle_distances(points, codebooks).argmin(2))
+
+
+@pytest.mark.parametrize("backend", ["boxes", "scan"])
+def test_codes_that_are_no_numbers_still_give_an_index_of_the_codebook(backend: str) -> None:
+    codebooks, points = torch.randn(2, 3000, 4), torch.randn(2, 300, 4)
+    codebooks[0, 5:2000:7, 2] = codebooks[1] = float("nan")
+    found = NearestCodes(codebooks, backend).query(points)
+    assert 0 <= int(found.min()) <= int(found.max()) < 3000
+
+
+@pytest.mark.parametrize("backend", ["boxes", "scan"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_any_number_of_threads_finds_the_same_codes(tokens: int, backend: str) -> None:
+    generator = torch.Generator().manual_seed(8)
+    codebooks = torch.randn(tokens, 4096, 6, generator=generator).mul(4).round()  # ties wherever threads could differ
+    points, before, found = torch.randn(tokens, 2000, 6, generator=generator).mul(4).round(), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            found.append(NearestCodes(codebooks, backend).query(points))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0][:, :100], oracle_distances(points[:, :100], codebooks).argmin(2))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_codes_that_float32_cannot_tell_apart_are_told_apart_in_float64(backend: str) -> None:
+    generator = torch.Generator().manual_seed(9)
+    codebooks = torch.nn.functional.normalize(torch.randn(2, 600, 6, generator=generator), dim=2)  # all as far from 0, but for the rounding
+    points = 1e-8 * torch.randn(2, 40, 6, generator=generator)
+    assert torch.equal(NearestCodes(codebooks, backend).query(points), oracle_distances(points, codebooks).argmin(2))
 
 
 def test_boxes_are_cut_anew_only_when_codes_have_moved_far(monkeypatch: pytest.MonkeyPatch) -> None:
