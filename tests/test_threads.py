@@ -28,6 +28,7 @@ TORCHRUN = [
     "127.0.0.1",
 ]
 
+pytestmark = pytest.mark.timeout(900)  # a process goes through all stages, twice
 Hashes = dict[str, list[str]]
 
 
@@ -44,7 +45,7 @@ def hashes_of(tmp_path_factory: pytest.TempPathFactory, imagenet_sample: Path, i
             numbers |= {"MKL_DYNAMIC": "FALSE", "OMP_WAIT_POLICY": "passive"}
             environment = {**os.environ, **numbers, "TORCH_HOME": str(folder), "GLOO_SOCKET_IFNAME": "lo"}
             command = [sys.executable, *(TORCHRUN if two_ranks else []), str(PROCESS), str(imagenet_sample), str(inception), str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=800, check=False)
             assert done.returncode == 0, done.stderr
             told = json.loads(done.stdout)
             assert told["threads"] == threads
