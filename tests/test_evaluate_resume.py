@@ -103,7 +103,7 @@ def test_two_ranks_write_the_numbers_of_one(
     (images / "03-broken.jpg").write_bytes(b"no picture")
     save_random_alexnet(empty_torch_home)
     settings = {"inception_weights": str(inception), "batch_size": 3, "tolerance_images": 3, "workers": 2}
-    one = run_quietly(evaluate(config_for(tokenizer_folder, images, tmp_path / "one", **settings)))
+    one = run_quietly(evaluate(config_for(tokenizer_folder, images, tmp_path / "one", tolerance=True, **settings)))
     options = ["--inception-weights", inception, "--batch-size", 3, "--tolerance-images", 3, "--workers", 2, "--device", "cpu"]
     torchrun(2, "evaluate", tokenizer_folder, images, tmp_path / "two", "--no-download", *options)
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
