@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import HeldError, OutputError
 from ..lock import being_written, is_gone, parse_holder, refusal, this_holder, told
+from .filesystem import protocols_of
 
 LEASE_S = 120.0
 _RENEW_S = 30.0
@@ -37,7 +38,7 @@ class LeaseObject:
     def __init__(self, file_system: Any, path: str, told_error: Callable[[Exception], OutputError]) -> None:
         """`path` is where it lies in the fsspec `file_system`; `told_error` makes an error of the store one line."""
         self._fs, self._path, self._told_error = file_system, path, told_error
-        protocols = {file_system.protocol} if isinstance(file_system.protocol, str) else set(file_system.protocol)
+        protocols = protocols_of(file_system)
         self.creates, self.swaps = bool(protocols & _CREATING), bool(protocols & _SWAPPING)
         """Whether the store refuses to create what is there, and to replace what has changed; what it claims, until `try_out`."""
 

@@ -16,9 +16,10 @@ from .image_sources.file_sets import check_one_set, glob_for
 from .image_sources.folder import FolderSource, check_folder, is_image, suffix_of, what_it_is
 from .image_sources.items import ImageItem, order_sha256
 from .image_sources.patterns import expand, has_glob, is_pattern
-from .image_sources.places import FILE, FOLDER, Place, place_of
-from .image_sources.skipped import BROKEN_LINK, Skipped
+from .image_sources.skipped import Skipped
 from .image_sources.tar_index import compressed_message
+from .image_sources.walk import walk
+from .places import BROKEN_LINK, FILE, FOLDER, Place, place_of
 
 __all__ = ["FolderSource", "ImageItem", "ImageSource", "open_source", "order_sha256"]
 
@@ -141,7 +142,7 @@ def _archives_in(folder: Place) -> tuple[list[Place], Skipped]:
     archives = [folder.inside(name) for name in names]
     if not archives:
         return [], skipped
-    beside = next((path for path, kind in folder.walk() if kind != FOLDER and is_image(path)), None)
+    beside = next((path for path, kind in walk(folder) if kind != FOLDER and is_image(path)), None)
     if beside is not None:
         raise ImageError(f"{folder} holds both {Place(names[0])} and images ({Place(beside)}); {_one_kind(str(folder), archives)}")
     return archives, skipped

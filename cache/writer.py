@@ -34,7 +34,7 @@ from ..errors import ConfigError, MismatchError, OutputError, StoreError
 from ..files import is_sealed, json_bytes, parse_json, seal
 from .manifest import OK, ManifestRow, encode_part, failures, merge_parts
 from .store import FORMAT_VERSION, RESERVED_NAMES, SPLIT_KIND, STORE_KIND, Encoding, is_store, manifest_key, split_attributes, store_attributes
-from .store_folder import StoreFolder, open_folder, remove_if_empty
+from .store_folder import StoreFolder, open_folder
 
 _CHUNK_BYTES = 2 << 20
 _SHARD_BYTES = 32 << 20
@@ -145,7 +145,8 @@ def remove_progress(path: str | Path | StoreFolder, split: str) -> None:
     """Remove what a complete split no longer needs; a killed process may have left it."""
     folder = open_folder(path)
     folder.remove(f"progress/{split}")
-    remove_if_empty(folder, "progress")  # another split may be in the making
+    if not folder.children("progress"):  # another split may be in the making
+        folder.remove("progress")
 
 
 class SplitWriter:

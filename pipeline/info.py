@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.store import is_store
-from ..cache.store_folder import local_root, open_folder
+from ..cache.store_folder import LocalFolder, open_folder
 from ..errors import CodebookError, NotFoundError, RevqError, TokenizerError
 from ..files import output_kind, read_json, sizes_under
 from ..lock import being_written, naming_writer
@@ -59,9 +59,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         RevqError: it is nothing of revq's.
     """
-    if is_store(path):
-        return describe_store(open_folder(path))
-    folder = local_root(open_folder(path))
+    place = open_folder(path)
+    if is_store(place):
+        return describe_store(place)
+    folder = place.root if isinstance(place, LocalFolder) else None
     kind = output_kind(folder) if folder else None
     describers = {
         "revq-codebooks": _describe_codebooks,
@@ -70,7 +71,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "revq-evaluation": _describe_evaluation,
         "revq-run": _describe_run,
     }
-    if kind is None and open_folder(path).writer():
+    if kind is None and place.writer():
         return {"path": str(path), "kind": _BEGUN}
     if folder is None or kind not in describers:
         found = f"its config.json is of kind {kind!r}" if kind else "it has neither a store's zarr.json nor a config.json with a kind"

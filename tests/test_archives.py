@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from revq.cache.image_sources import parquet as parquet_source
 from revq.cache.image_sources.patterns import expand_braces
-from revq.cache.image_sources.places import Place
 from revq.cache.image_sources.tar_index import TarWalk
 from revq.cache.images import load_pixels
+from revq.cache.places import Place
 from revq.cache.sources import ImageSource, open_source, order_sha256
 from revq.errors import ImageError
 

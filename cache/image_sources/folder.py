@@ -15,10 +15,11 @@ from pathlib import Path
 import pyarrow as pa
 
 from ...errors import ImageError, ImageNotFoundError
+from ..places import BROKEN_LINK, FILE, FOLDER, Place, place_of
 from .items import ImageItem, ItemColumns, classes_of, iterate, name_column, printable
-from .place_errors import neighbours_gone
-from .places import FILE, FOLDER, Place, is_there, place_of
-from .skipped import BROKEN_LINK, EMPTY, Skipped
+from .place_errors import is_there, neighbours_gone, place_errors
+from .skipped import EMPTY, Skipped
+from .walk import walk
 
 _DECODED = {
     "BMP": "bmp",
@@ -60,7 +61,8 @@ class FolderSource:
         """As `ImageSource.read`. Raises ImageError where an image is gone and its folder or most of its neighbours with it."""
         place = self._place(index)
         try:
-            return place.read()
+            with place_errors(place):
+                return place.read()
         except (FileNotFoundError, NotADirectoryError) as error:
             if self._names[index].as_py() in self._broken:
                 raise
@@ -68,7 +70,8 @@ class FolderSource:
             if not is_there(folder) or neighbours_gone(self._is_there, index, len(self._names)):
                 mend = f"bring {self.name} back as it was, then give the same command again to go on"
                 raise ImageError(f"{place} is gone, and so is its folder or what was beside it; {mend}") from error
-        return place.read()
+        with place_errors(place):
+            return place.read()
 
     def _place(self, index: int) -> Place:
         return self._root.inside(os.fsdecode(self._names[index].as_py()))
@@ -129,7 +132,7 @@ def _list_images(root: Place, skipped: Skipped) -> tuple[pa.LargeBinaryArray, se
     nested: list[bytes] = []
     folders: set[bytes] = set()
     broken: set[bytes] = set()
-    for path, kind in root.walk():
+    for path, kind in walk(root):
         name = os.fsencode(path)
         if skipped.set_aside(name + b"/" * (kind == FOLDER)):
             continue

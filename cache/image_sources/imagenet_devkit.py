@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ImageError
-from .places import Place
+from ..places import Place
 
 DEVKIT_NAME = "ILSVRC2012_devkit_t12.tar.gz"
 _VAL_NAME = re.compile(rb"ILSVRC2012_val_(\d{8})\.JPEG")

@@ -21,10 +21,10 @@ from threading import Lock
 import pyarrow as pa
 
 from ...errors import ImageError
+from ..places import REMOTE_THREADS, Place, relative_names
 from .items import NO_LABEL, ImageItem, ItemColumns
 from .parquet_index import Part, check_same_columns, damage, find_columns, list_rows, open_parquet, read_footer, size_of
 from .parquet_labels import merge_labels
-from .places import REMOTE_THREADS, Place, relative_names
 from .skipped import Skipped
 
 _BATCH_BYTES = 16 << 20  # of decoded images; one row group can be a whole file of 500 MB

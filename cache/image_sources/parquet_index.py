@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...errors import ImageError, one_line
+from ..places import Place, RandomFile
 from .parquet_labels import LABEL_TYPES, FileLabels, holds_labels, no_labels, read_labels
 from .place_errors import place_errors
-from .places import Place, RandomFile
 
 _BUFFER_BYTES = 4 << 20  # read at once from a column: without it, pyarrow reads all of a row group's bytes first
 

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ...errors import ImageError
+from ..places import Place
 from .items import NO_LABEL
-from .places import Place
 
 LABEL_TYPES = "whole numbers, true and false, or text, also dictionary-encoded"
 _LARGEST = 2**31 - 1

@@ -9,7 +9,8 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 from ...errors import ImageNotFoundError
-from .places import REMOTE_THREADS, Place, is_url, place_of, remote_errors, turn
+from ..filesystem import is_url
+from ..places import REMOTE_THREADS, Place, place_of
 
 _GLOB = re.compile(r"[*?\[]")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.([1-9]\d*))?")
@@ -74,7 +75,7 @@ def _matches(name: str) -> list[Place]:
     if place.filesystem is None:
         _check_listable(place.path)
         return [Place(path) for path in glob.glob(place.path)]
-    with remote_errors(place), turn(place.filesystem):
+    with place.asking():
         return [place.at(path) for path in place.filesystem.glob(place.path)]
 
 

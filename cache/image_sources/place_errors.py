@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ...errors import ImageError, one_line
+from ..places import Place
 
 _NAMES = """
     EACCES EPERM EIO EREMOTEIO ESTALE ENXIO ENODEV ENOLINK ENOTCONN ESHUTDOWN ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH
@@ -43,3 +44,9 @@ def neighbours_gone(is_there: Callable[[int], bool], index: int, count: int) -> 
     others = [i for i in range(max(0, index - _NEIGHBOURS), min(count, index + _NEIGHBOURS + 1)) if i != index]
     gone = sum(not is_there(i) for i in others)
     return gone >= 2 and 2 * gone > len(others)
+
+
+def is_there(place: Place) -> bool:
+    """Raises ImageError where that cannot be found out."""
+    with place_errors(place):
+        return place.kind() is not None

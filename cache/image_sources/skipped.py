@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 HIDDEN, SYSTEM = "hidden", "system folder"
 STORE, EMPTY = "Zarr store", "folder without an image"
-BROKEN_LINK, LINK_AROUND, SPECIAL = "broken link", "link to a folder around it", "no regular file"
+LINK_AROUND = "link to a folder around it"
 _SYSTEM = rb"__MACOSX|PaxHeaders?(?:\.\d+)?|@eaDir|@tmp|#recycle|\$RECYCLE\.BIN|System Volume Information|lost\+found"
 _ASIDE = re.compile(rb"(?:^|/)(?:(\.)[^/]*|(?:" + _SYSTEM + rb")(?=/))")
 _SHOWN = 8

@@ -22,13 +22,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...errors import ImageError
+from ..places import FILE, Place, RandomFile, place_of
 from .folder import IMAGE_SUFFIXES, is_image, mixed_message, skip_empty_folders, splits_among, what_it_is
 from .imagenet_devkit import DEVKIT_NAME, is_val_name, val_labels
 from .items import ItemColumns, classes_of, iterate, name_column, printable
-from .places import FILE, Place, RandomFile, place_of
 from .skipped import Skipped
 from .tar_index import Member, TarWalk
 from .tar_members import SCHEMA, Row, TarSource, members_of, open_archive, sample_key, table_of, threads_for
+from .walk import walk
 from .webdataset import open_shards
 
 _CLASS_TAR = re.compile(r"n\d{8}\.tar")
@@ -199,7 +200,7 @@ def _refuse_splits(place: Place, around: bytes, splits: Sequence[bytes]) -> None
 def _holds_an_image(url: str) -> bool:
     """fsspec does not find names that begin with a slash."""
     try:
-        return any(is_image(path) for path, _ in place_of(url).walk())
+        return any(is_image(path) for path, _ in walk(place_of(url)))
     except (ImageError, OSError):
         return False
 

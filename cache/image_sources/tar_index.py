@@ -16,7 +16,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from ...errors import ImageError
-from .places import RandomFile
+from ..places import RandomFile
 
 BLOCK = 512
 _ZERO = bytes(BLOCK)

@@ -8,11 +8,11 @@ from zlib import crc32
 import pyarrow as pa
 
 from ...errors import ImageError
+from ..places import BROKEN_LINK, REMOTE_THREADS, SPECIAL, OpenFiles, Place, RandomFile
 from .folder import IMAGE_SUFFIXES, is_image
 from .items import ImageItem, ItemColumns
 from .place_errors import place_errors
-from .places import REMOTE_THREADS, OpenFiles, Place, RandomFile
-from .skipped import BROKEN_LINK, SPECIAL, Skipped
+from .skipped import Skipped
 from .tar_index import BLOCK, Member, TarWalk
 
 _LOCAL_THREADS = 4  # they wait for the disk; parsing is Python's and gains nothing from threads

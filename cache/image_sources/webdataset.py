@@ -19,9 +19,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ...errors import ImageError, one_line
+from ..places import Place, relative_names
 from .folder import IMAGE_SUFFIXES
 from .items import NO_LABEL, ItemColumns, printable
-from .places import Place, relative_names
 from .skipped import Skipped
 from .tar_index import Member, TarWalk
 from .tar_members import NO_IMAGE, TarSource, members_of, open_archive, sample_key, table_of, threads_for
