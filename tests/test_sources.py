@@ -41,6 +41,7 @@ def test_class_folders_are_numbered_by_sorted_name_and_read_at_any_depth(tmp_pat
 
 
 ASIDE = ["__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", ".git", ".ipynb_checkpoints", "PaxHeaders.12", "lost+found"]
+ASIDE += ["$Recycle.Bin", "RECYCLER", "FOUND.000", "@Recycle", "@Recently-Snapshot", "#snapshot", "~snapshot", "Network Trash Folder", "Temporary Items"]
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -50,10 +51,10 @@ def test_folders_that_hold_no_image_and_those_that_systems_leave_are_no_classes_
     (tmp_path / "empty").mkdir()
     source = open_source(f"local://{tmp_path}" if remote else tmp_path)
     assert [(item.key, item.label, item.class_name) for item in source.items] == [("b/1.jpg", 0, "b"), ("z/2.jpg", 1, "z")]
-    told = {"system folder": 8, "hidden": 3, "folder without an image": 2, "no suffix": 2, ".txt": 1, "Zarr store": 1}
+    told = {"system folder": 17, "hidden": 3, "folder without an image": 2, "no suffix": 2, ".txt": 1, "Zarr store": 1}
     assert source.skipped.counts() == told
     assert source.notes == (source.notes[0],)
-    assert source.notes[0].startswith(f"17 entries of {source.name} are passed over: 8 system folder (")
+    assert source.notes[0].startswith(f"26 entries of {source.name} are passed over: 17 system folder (")
     for text in ("2 folder without an image (empty/, ...)", "1 .txt (texts/a.txt)", "1 Zarr store (latents.zarr)"):
         assert text in source.notes[0]
 
