@@ -41,7 +41,17 @@ def test_class_folders_are_numbered_by_sorted_name_and_read_at_any_depth(tmp_pat
 
 
 ASIDE = ["__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", ".git", ".ipynb_checkpoints", "PaxHeaders.12", "lost+found"]
-ASIDE += ["$Recycle.Bin", "RECYCLER", "FOUND.000", "@Recycle", "@Recently-Snapshot", "#snapshot", "~snapshot", "Network Trash Folder", "Temporary Items"]
+ASIDE += [
+    "$Recycle.Bin",
+    "RECYCLER",
+    "FOUND.000",
+    "@Recycle",
+    "@Recently-Snapshot",
+    "#snapshot",
+    "~snapshot",
+    "Network Trash Folder",
+    "Temporary Items",
+]
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -79,6 +89,9 @@ REFUSED = [
     ("train and val", ["train/a/1.jpg", "train/b/1.jpg", "val/b/1.jpg"], "train", ["a/1.jpg", "b/1.jpg"]),
     ("flat ones", ["Test/1.jpg", "training/1.jpg"], "Test", ["1.jpg"]),
     ("one alone", ["train/a/1.jpg", "train/b/2.jpg", "info/a.txt"], "train", ["a/1.jpg", "b/2.jpg"]),
+    ("COCO's", ["train2017/1.jpg", "val2017/1.jpg"], "train2017", ["1.jpg"]),
+    ("COCO's and more", ["extra/1.jpg", "test2017/a/1.jpg", "train2017/a/1.jpg"], "test2017", ["a/1.jpg"]),
+    ("DIV2K's", ["DIV2K_train_HR/1.png", "DIV2K_valid_HR/2.png"], "DIV2K_train_HR", ["1.png"]),
     ("a third beside them", ["extra/1.jpg", "test/b/1.jpg", "train/a/1.jpg"], "test", ["b/1.jpg"]),
 ]
 
@@ -95,7 +108,8 @@ def test_splits_are_never_taken_for_classes_and_the_folder_that_the_message_name
 
 @pytest.mark.parametrize(
     "names",
-    [["bus/1.jpg", "train/1.jpg", "train/red/2.jpg"], ["train/1.jpg"], ["bus/1.jpg", "test/1.jpg", "train/2.jpg"], ["trains/a/1.jpg", "val/b/2.jpg"]],
+    [["bus/1.jpg", "train/1.jpg", "train/red/2.jpg"], ["train/1.jpg"], ["bus/1.jpg", "test/1.jpg", "train/2.jpg"], ["trains/a/1.jpg", "val/b/2.jpg"]]
+    + [["train station/1.jpg", "test tube/1.jpg"], ["test1/1.jpg", "test2/1.jpg"], ["retrain2017/1.jpg", "val2017/1.jpg"]],
 )
 def test_a_class_may_be_called_train(tmp_path: Path, names: list[str]) -> None:
     source = open_source(plant(tmp_path, *names))

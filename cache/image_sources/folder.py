@@ -30,7 +30,7 @@ _DECODED = {
     "WEBP": "webp",
 }
 IMAGE_SUFFIXES = frozenset("." + suffix for suffixes in _DECODED.values() for suffix in suffixes.split())
-_SPLIT_NAME = re.compile(rb"(train|val|test)(ing|set)?|valid(ation)?|dev|eval(uation)?", re.IGNORECASE)
+_SPLIT_WORD = re.compile(rb"(?<![a-z])((train|val|test)(ing|set)?|valid(ation)?|dev|eval(uation)?)(?![a-z])", re.IGNORECASE)
 
 
 class FolderSource:
@@ -111,16 +111,25 @@ def mixed_message(root: object, flat: object, inside: object) -> str:
 def splits_among(classes: Sequence[bytes], names: pa.LargeBinaryArray) -> list[bytes]:
     """Those of the top-level folders that are the splits of a data set and no classes; empty where all are classes.
 
+    A split is called as one (`train`), or as another folder but for that word (`train2017` beside `val2017`).
+
     `train/` beside `cat/` and `bus/` is a class (COCO has it). Folders are splits where there are several such names and no other ones, or
     where they hold folders again, alone or several of them.
     """
-    splits = [name for name in classes if _SPLIT_NAME.fullmatch(name)]
+    splits = _split_names(classes)
     if not splits or len(splits) < min(len(classes), 2):
         return []
     if len(splits) > 1 and len(splits) == len(classes):
         return splits
     tops = tuple(name + b"/" for name in splits)
     return splits if any(name.startswith(tops) and name.count(b"/") > 1 for name in iterate(names)) else []
+
+
+def _split_names(folders: Sequence[bytes]) -> list[bytes]:
+    """Those that are called as splits are; see `splits_among`."""
+    words = {name: match[0].lower() for name in folders if (match := _SPLIT_WORD.search(name))}
+    rests = {name: _SPLIT_WORD.sub(b"/", name, count=1) for name in words}
+    return [name for name in words if rests[name] == b"/" or any(rests[name] == rests[other] and words[name] != words[other] for other in words)]
 
 
 def _list_images(root: Place, skipped: Skipped) -> tuple[pa.LargeBinaryArray, set[bytes]]:
