@@ -108,8 +108,15 @@ def test_splits_are_never_taken_for_classes_and_the_folder_that_the_message_name
 
 @pytest.mark.parametrize(
     "names",
-    [["bus/1.jpg", "train/1.jpg", "train/red/2.jpg"], ["train/1.jpg"], ["bus/1.jpg", "test/1.jpg", "train/2.jpg"], ["trains/a/1.jpg", "val/b/2.jpg"]]
-    + [["train station/1.jpg", "test tube/1.jpg"], ["test1/1.jpg", "test2/1.jpg"], ["retrain2017/1.jpg", "val2017/1.jpg"]],
+    [
+        ["bus/1.jpg", "train/1.jpg", "train/red/2.jpg"],
+        ["train/1.jpg"],
+        ["bus/1.jpg", "test/1.jpg", "train/2.jpg"],
+        ["trains/a/1.jpg", "val/b/2.jpg"],
+        ["train station/1.jpg", "test tube/1.jpg"],
+        ["test1/1.jpg", "test2/1.jpg"],
+        ["retrain2017/1.jpg", "val2017/1.jpg"],
+    ],
 )
 def test_a_class_may_be_called_train(tmp_path: Path, names: list[str]) -> None:
     source = open_source(plant(tmp_path, *names))

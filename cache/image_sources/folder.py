@@ -6,6 +6,7 @@ image that cannot be read. As it is not there, a folder without an image is no c
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shlex
@@ -168,8 +169,17 @@ def _where_images_are(root: Place, skipped: Skipped) -> str:
     """Advice for a folder around folders of archives, as the hub's data sets have them, and for names that fsspec does not find."""
     if root.around[0].endswith("tar://"):
         return "; of names that begin with / or hold .. tar:// finds none: give the plain .tar itself"
-    first = next((name for suffix in (".parquet", ".tar") if (name := skipped.first(suffix))), "")
-    return f"; give the folder of its archives, {shlex.quote(str(root.inside(os.path.dirname(first))))}" if first else ""
+    suffix = next((suffix for suffix in (".parquet", ".tar") if skipped.first(suffix)), None)
+    if suffix is None:
+        return ""
+    first = skipped.first(suffix)
+    folder = root.inside(os.path.dirname(first))
+    here = sum(suffix_of(name) == suffix for name, _ in folder.scan())
+    others = skipped.counts()[suffix] - here
+    safe = root.at(glob.escape(root.path)) if root.filesystem is None else root
+    pattern = shlex.quote(str(safe.inside("*/" * first.count("/") + "*" + suffix)))
+    told = f", or {pattern} for the {others} in other folders too (the folders' names are no labels then)" if others else ""
+    return f"; give the folder of its archives, {shlex.quote(str(folder))}{told}"
 
 
 def skip_empty_folders(skipped: Skipped, folders: Iterable[bytes], classes: Iterable[bytes]) -> None:

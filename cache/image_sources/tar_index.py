@@ -2,7 +2,8 @@
 
 Python's tarfile gives the same offsets at 0.4 of the speed (docs/notes/images.md), and takes a damaged header for the end of the archive.
 Formats: ustar, GNU (long names, sizes past 8 GiB) and pax. Refused, with what and where: compressed archives, archives that are cut off or
-damaged, sparse files, and what `cat` makes of several tars. A name is what unpacking makes of it: without "./" or "/" before it, and without what is before a "..".
+damaged, sparse files, and what `cat` makes of several tars. A name is what unpacking makes of it: without "./" or "/" before it, and
+without what is before a "..".
 """
 
 from __future__ import annotations
