@@ -151,6 +151,8 @@ def _list_images(root: Place, skipped: Skipped) -> tuple[pa.LargeBinaryArray, se
                 broken.add(name)
         else:
             skipped.add(what_it_is(name) if kind == FILE else kind, name)
+    if root.around[0].endswith("zip://") and any(b"\\" in name for name in flat):
+        raise ImageError(f"{root} parts its names by backslashes ({printable(min(flat))}), which hides its folders; unpack it and give the folder")
     if flat and nested:
         raise ImageError(mixed_message(root, printable(min(flat)), printable(min(nested).partition(b"/")[0])))
     skip_empty_folders(skipped, folders, (name.partition(b"/")[0] for name in nested))

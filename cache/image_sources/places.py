@@ -10,6 +10,8 @@ import os
 import re
 import stat
 import time
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -304,6 +306,8 @@ def _retry(place: Place, work: Any) -> Any:
                 raise
         except Exception as error:
             if attempt == _ATTEMPTS - 1:
+                if isinstance(error, zipfile.BadZipFile | zlib.error):  # of this member alone: the zip's list was read before
+                    raise OSError(f"damaged in its archive ({one_line(error)})") from error
                 reason = f"{type(error).__name__}: {one_line(error)}"[:200]
                 raise ImageError(f"{place} cannot be read after {_ATTEMPTS} attempts ({reason}); give the same command again to go on") from error
             time.sleep(0.5 * 2**attempt)
