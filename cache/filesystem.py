@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock
@@ -61,6 +63,8 @@ def read_again(place: object, filesystem: Any, work: Callable[[], T], error_type
             raise
         except Exception as error:
             if attempt == _ATTEMPTS or isinstance(error, PermissionError):
+                if isinstance(error, zipfile.BadZipFile | zlib.error):  # of this member alone: the zip's list was read before
+                    raise OSError(f"damaged in its archive ({one_line(error)})") from error
                 tried = f" after {attempt} attempts" if attempt > 1 else ""
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 raise error_type(f"{place} cannot be read{tried} ({reason}); mend it, then give the same command again to go on") from error

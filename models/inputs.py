@@ -81,6 +81,8 @@ def checked_indices(indices: Tensor, tokens: int, codes: int, device: torch.devi
 def _on_device(values: Tensor, name: str, device: torch.device) -> Tensor:
     if not isinstance(values, Tensor):
         raise TokenizerError(f"expected {name} as a torch.Tensor, found {type(values).__name__}; torch.as_tensor makes one of an array or a list")
+    if values.layout != torch.strided or values.is_nested:
+        raise TokenizerError(f"expected {name} as a dense tensor, found a {'nested' if values.is_nested else values.layout} one")
     if "meta" in (values.device.type, device.type):
         where = f"the {name} are" if values.device.type == "meta" else "the tokenizer is"
         raise TokenizerError(f"{where} on the meta device, where nothing has a value; load them to a real one")

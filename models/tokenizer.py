@@ -123,7 +123,8 @@ class ReVQTokenizer(FrozenModule, PyTorchModelHubMixin):
         except Exception as error:  # safetensors, torch and the hub client each have their own
             raise TokenizerError(f"the tokenizer in {model_id} cannot be loaded: {WEIGHTS_NAME}: {one_line(error)}") from error
         try:
-            tokenizer = cls(config)
+            with torch.device("cpu"):  # also within another torch.device, on which weights would have no value (meta)
+                tokenizer = cls(config)
         except Exception as error:  # of whichever module a setting is missing or does not suit
             raise TokenizerError(f"the tokenizer in {model_id} cannot be loaded: config.json: {type(error).__name__}: {one_line(error)}") from error
         if faults := compare_weights(tokenizer.state_dict(), weights):
@@ -167,7 +168,8 @@ class ReVQTokenizer(FrozenModule, PyTorchModelHubMixin):
             MismatchError: it is not the one that this tokenizer was trained with.
         """
         if not self._vae:
-            self._vae = [FrozenVAE.load_recorded(self.vae_identity, spec=self._vae_spec, device=self.device)]
+            with torch.device("cpu"):  # as the tokenizer
+                self._vae = [FrozenVAE.load_recorded(self.vae_identity, spec=self._vae_spec, device=self.device)]
         if self._vae[0].device != self.device:  # another tokenizer that shares it took it along
             self._vae[0].to(self.device)
         return self._vae[0]
@@ -221,8 +223,10 @@ class ReVQTokenizer(FrozenModule, PyTorchModelHubMixin):
                 bits, for as many passes through the decoder and back. 0 takes the codes nearest to the encoder's latent.
 
         Raises:
-            TokenizerError: the images have another shape, type or range, or they or their latents are not finite.
+            TokenizerError: the images have another shape, type or range, or they or their latents are not finite; `refine` is no number of steps.
         """
+        if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
+            raise TokenizerError(f"expected refine as a number of steps, 0 or more, found {refine!r}")
         images = checked_images(images, self.image_size, self.device)
         if len(images) == 0:  # not every VAE takes a batch of none
             return torch.empty(0, self.tokens, dtype=torch.int64, device=self.device)

@@ -150,7 +150,7 @@ def cut_into_blocks(latents: Tensor, block: tuple[int, int]) -> Tensor:
     """(B,C,H,W) and (rows, columns) of a block -> (B,G,Q)."""
     (count, channels, height, width), (rows, columns) = latents.shape, block
     grid = latents.reshape(count, channels, height // rows, rows, width // columns, columns)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * rows * columns)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(count, (height // rows) * (width // columns), channels * rows * columns)
 
 
 def join_blocks(blocks: Tensor, block: tuple[int, int], shape: tuple[int, ...]) -> Tensor:

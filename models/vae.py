@@ -174,7 +174,7 @@ def _load_plugin(spec: str) -> FrozenVAE:
     digest = sha256_file(path)
     try:
         network = getattr(_plugin_module(path, digest), factory_name)()
-    except Exception as error:  # the plug-in is the user's code: whatever it raises is told, not shown as ours
+    except (Exception, SystemExit) as error:  # the plug-in is the user's code: whatever it raises is told, not shown as ours
         raise VAEError(f"VAE plug-in {spec} failed with {type(error).__name__}: {one_line(error)}") from error
     if not (isinstance(network, nn.Module) and callable(getattr(network, "encode", None)) and callable(getattr(network, "decode", None))):
         raise VAEError(f"VAE plug-in {spec} must return a torch.nn.Module with encode and decode, not {type(network).__name__}")

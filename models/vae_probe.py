@@ -16,6 +16,8 @@ from ..errors import VAEError, one_line
 _SIDE = 64
 _GRAINS = (64, 56, 48)  # one latent of an image VAE stands for 64 px or for what divides that, for 7 or 14 (patches of a transformer), or 3, 6, 12
 _OTHER_CHANNELS = (1, 2, 4, 6)
+# In deviations of what is compared. A posterior's noise may be a thousandth; a GPU rounds otherwise for batches of other sizes.
+_REPEATED, _BESIDE_ANOTHER = 1e-4, 0.05
 
 
 class Probed(Protocol):
@@ -68,9 +70,12 @@ def round_trip_shape(vae: Probed, image_size: int) -> tuple[int, int, int]:
         VAEError: it does not, for a reason that is named; with the nearest sides that do where the side is the reason.
     """
     try:
-        return _round_trip(vae, 3, image_size)
+        shape = _round_trip(vae, 3, image_size)
     except VAEError as error:
         fault = error
+    else:
+        _refuse_moods(vae, image_size)
+        return shape
     if sides := _sides_that_do(vae, image_size):
         raise VAEError(f"VAE {vae.id} does not take {image_size} px: {fault}; choose --image-size {' or '.join(map(str, sides))}") from fault
     if str(fault).startswith("its encode fails") and (other := _other_input(vae)):
@@ -95,6 +100,26 @@ def _round_trip(vae: Probed, channels: int, side: int) -> tuple[int, int, int]:
     if not bool(pictures.isfinite().all()):
         raise VAEError("it decodes a grey image to values that are not finite; its weights are damaged")
     return tuple(latent.shape[1:])  # type: ignore[return-value]
+
+
+def _refuse_moods(vae: Probed, side: int) -> None:
+    """Raises VAEError unless encode and decode give the same each time, and for an image beside another one what they give for it alone."""
+    ramp = torch.linspace(-1, 1, side, device=vae.device).expand(3, side, side)
+    values = torch.stack([ramp, ramp.mT])
+    with torch.no_grad():
+        for name, function in (("encode", vae.encode), ("decode", vae.decode)):
+            try:
+                one, again, two = (_call(name, function, batch) for batch in (values[:1], values[:1], values))
+                if two.shape != (2, *one.shape[1:]):
+                    raise VAEError(f"its {name} makes {tuple(two.shape)} of a batch of two, and {tuple(one.shape)} of one")
+                unit = one.std().clamp_min(1e-12)
+                if float((again - one).abs().max() / unit) > _REPEATED:
+                    raise VAEError(f"its {name} gives something else each time; a VAE that samples its latents must give their mean or mode")
+                if float((two[:1] - one).abs().max() / unit) > _BESIDE_ANOTHER:
+                    raise VAEError(f"its {name} gives something else for an image beside another one than for it alone")
+            except VAEError as fault:
+                raise VAEError(f"VAE {vae.id} cannot be used: {fault}") from fault
+            values = two
 
 
 def _call(name: str, function: Any, value: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+import torch
+
 from ..cache.classes import classes_in, number_classes
 from ..cache.sources import open_source
 from ..cache.store import LatentStore
@@ -11,7 +13,6 @@ from ..errors import StoreError
 from ..models.device import pick_device
 from ..models.kmeans import pick_backend
 from ..models.vae import FrozenVAE
-from ..stages.configs import EncodeLatentsConfig
 from ..stages.evaluation.weights import INCEPTION, find_weights
 from ..stages.fit_codebooks import check_tokens
 from ..stages.training.data import check_ranks
@@ -38,7 +39,7 @@ def check_plan(plan: Plan, *, overwrite: bool) -> None:
     for images in sorted({plan.evaluate.images, *([plan.encode_val.images] if plan.encode_val else [])}):
         open_source(images)
     _check_classes(plan)
-    check_tokens(plan.fit, _latent_shape(plan.encode_train, overwrite))
+    check_tokens(plan.fit, _latent_shape(plan, overwrite))
 
 
 def _check_classes(plan: Plan) -> None:
@@ -48,9 +49,16 @@ def _check_classes(plan: Plan) -> None:
         number_classes("val", val, {"train": train}, refuse=True)
 
 
-def _latent_shape(config: EncodeLatentsConfig, overwrite: bool) -> tuple[int, int, int]:
-    """(C,H,W) of the store that is there to stay, else of the VAE, which must encode and decode images of this size."""
+def _latent_shape(plan: Plan, overwrite: bool) -> tuple[int, int, int]:
+    """(C,H,W) of the store that is there to stay, else of the VAE, which must encode and decode images of this size, with gradients where a
+    stage takes them.
+    """
+    config = plan.encode_train
     if not overwrite:
         with suppress(StoreError):
             return LatentStore.open(config.store).encoding.latent_shape
-    return FrozenVAE.load(config.vae, device=pick_device(config.device)).latent_shape(config.image_size)
+    vae = FrozenVAE.load(config.vae, device=pick_device(config.device))
+    shape = vae.latent_shape(config.image_size)
+    if plan.fit.transform == "decoder" or plan.train.decoder_steps or plan.evaluate.refine:
+        vae.decode(torch.zeros(1, *shape, device=vae.device, requires_grad=True))
+    return shape

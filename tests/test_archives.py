@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import random
+import subprocess
 import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -163,6 +164,19 @@ def test_a_tar_that_is_cut_anywhere_is_refused_and_never_taken_for_a_shorter_one
         path.write_bytes(whole[:cut])
         with pytest.raises(ImageError, match=r"cut\.tar (is cut off|is no tar)"):
             open_source(path)
+
+
+def test_tars_joined_by_cat_are_refused_and_by_tar_are_read_whole(tmp_path: Path) -> None:
+    one, two = (archives.tar_bytes([(f"{name}/1.jpg", name.encode())]) for name in ("ant", "bee"))
+    (tmp_path / "cat.tar").write_bytes(one + two)
+    with pytest.raises(ImageError, match=rf"holds another tar behind its end mark, at byte {len(one)}, .* join tars with tar -Af"):
+        open_source(tmp_path / "cat.tar")
+    (tmp_path / "a.tar").write_bytes(one)
+    (tmp_path / "b.tar").write_bytes(two)
+    subprocess.run(["tar", "-Af", "a.tar", "b.tar"], cwd=tmp_path, check=True)
+    assert [item.class_name for item in open_source(tmp_path / "a.tar").items] == ["ant", "bee"]
+    (tmp_path / "z.tar").write_bytes(one + bytes(100_000) + b"no tar")
+    assert len(open_source(tmp_path / "z.tar").items) == 1
 
 
 def test_a_torn_class_tar_and_a_damaged_header_are_named(folders: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -117,3 +118,29 @@ def test_a_store_records_the_same_rows_labels_and_bytes_at_8_workers(
     assert list(zip(table["label"].to_pylist(), table["sha256"].to_pylist(), strict=True)) == truth
     assert split.labels.tolist() == [label for label, _ in truth]
     assert split.ok.all()
+
+
+def test_one_damaged_image_of_a_zip_is_one_image_and_not_the_end_of_the_run(folders: Path, truth: list[tuple[int, str]], tmp_path: Path) -> None:
+    path = zipped(tmp_path, folders)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    source = open_source(f"zip://::{path}")
+    failed = []
+    for number, (_, digest) in enumerate(truth):
+        try:
+            assert hashlib.sha256(source.read(number)).hexdigest() == digest
+        except OSError as error:
+            failed.append(str(error))
+    (reason,) = failed
+    assert reason.startswith("damaged in its archive (")
+
+
+def test_names_that_windows_wrote_into_a_zip_are_refused_where_their_classes_would_be_lost(folders: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name, data in archives.files_of(folders):
+            info = zipfile.ZipInfo("x")
+            info.filename = name.replace("/", "\\")
+            archive.writestr(info, data)
+    with pytest.raises(ImageError, match=r"parts its names by backslashes .*; unpack it"):
+        open_source(f"zip://::{tmp_path / 'x.zip'}")

@@ -56,6 +56,8 @@ ONE_SET = {
     "Spark, several files of a task": [f"part-0000{i}-{A}-c00{c}.zstd.parquet" for i in range(2) for c in range(2)],
     "Spark, buckets": [f"part-00000-{A}_0000{i}.c000.snappy.parquet" for i in range(2)],
     "Delta": [f"part-00000-{A}-c000.snappy.parquet", f"part-00001-{B}-c000.snappy.parquet"],
+    "Databricks": [f"part-{i:05d}-tid-7216-{A}-{i + 5}-1-c000.snappy.parquet" for i in range(3)],
+    "Hive": [f"{i:06d}_0.parquet" for i in range(3)],
     "old Spark": [f"part-r-{i:05d}-{A}.gz.parquet" for i in range(2)],
     "_of_": [f"train_{i:04d}_of_0002.parquet" for i in range(2)],
     "_of_ from 1": [f"train_{i}_of_2.tar" for i in (1, 2)],
@@ -140,6 +142,17 @@ def test_several_sets_are_refused_and_what_the_message_proposes_takes_exactly_on
     assert files_read(open_source(pasted(str(caught.value)))) == case.first
 
 
+@pytest.mark.parametrize("count", [3, 9])
+def test_files_whose_names_say_nothing_can_be_named_together_as_the_message_proposes(tmp_path: Path, count: int) -> None:
+    names = [f"{number}-{A[:-1]}{number}-0.parquet" for number in range(count)]
+    write(tmp_path, names)
+    with pytest.raises(ImageError, match=r"several sets .*; where together they are one set, name each in braces") as caught:
+        open_source(tmp_path)
+    told = str(caught.value).rpartition("; give one")[0]
+    spec = pasted(told, "in braces: ") if count == 3 else f"{tmp_path}/{{{','.join(names)}}}"
+    assert files_read(open_source(spec)) == names
+
+
 def test_a_part_that_is_there_twice_is_refused_where_no_pattern_tells_old_from_new(tmp_path: Path) -> None:
     uploads = [[f"train-0000{i}-of-00002-{HASHES[2 * upload + i]}.parquet" for i in range(2)] for upload in range(2)]
     write(tmp_path, uploads[0] + uploads[1])
@@ -165,6 +178,15 @@ def test_a_folder_around_a_folder_of_archives_is_told_which_to_give(tmp_path: Pa
     with pytest.raises(ImageError, match=r"holds no image: .* found 3 \.parquet \(.*1 \.md") as caught:
         open_source(tmp_path)
     assert files_read(open_source(pasted(str(caught.value), "archives, "))) == names
+
+
+def test_folders_of_archives_are_all_told_and_not_the_first_alone(tmp_path: Path) -> None:
+    names = [f"label={name}/part-0.parquet" for name in ("ant", "bee", "cat")]
+    root = write(tmp_path / "it's [1]", names)
+    with pytest.raises(ImageError, match=r"holds no image: .* found 3 \.parquet .* for the 2 in other folders too") as caught:
+        open_source(root)
+    told = str(caught.value).partition(" for the 2")[0]
+    assert files_read(open_source(pasted(told, ", or "))) == names
 
 
 @pytest.mark.parametrize("folder", ["plain", "it's odd"])

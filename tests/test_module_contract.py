@@ -140,6 +140,14 @@ def test_the_vae_goes_where_its_tokenizer_goes(fresh: ReVQTokenizer) -> None:
     assert vae.device == fresh.device == torch.device("meta")
 
 
+def test_it_may_be_loaded_within_another_default_device(small_run: Path, images: Tensor, expected: dict[str, Tensor]) -> None:
+    with torch.device("meta"):
+        tokenizer = ReVQTokenizer.from_pretrained(small_run / "tokenizer")
+        vae = tokenizer.vae
+    assert tokenizer.device.type == vae.device.type == "cpu"
+    assert_same(use(tokenizer, images), expected)
+
+
 def test_it_goes_along_with_a_module_around_it_too(fresh: ReVQTokenizer) -> None:
     vae = fresh.vae
     outer = nn.ModuleDict({"tokenizer": fresh})

@@ -132,6 +132,29 @@ def test_what_a_later_stage_would_miss_is_told_before_the_first_one_begins(
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("codes = 8", 'codes = 8\ntransform = "decoder"'),
+        ("depth = 1", "depth = 1\ndecoder_steps = 1"),
+        ("download = false", "download = false\nrefine = 1"),
+    ],
+    ids=["decoder's metric", "decoder phase", "refined tokens"],
+)
+def test_a_decoder_without_gradients_is_told_before_the_first_stage_where_one_takes_them(
+    imagenet_sample: Path, taef2: str, tmp_path: Path, old: str, new: str
+):
+    source = Path(taef2.removesuffix(":load")).read_text()
+    (tmp_path / "p.py").write_text(source + "\n\nTAEF2.decode = torch.no_grad()(TAEF2.decode)\n")
+    text = CONFIG.format(out=tmp_path / "out", images=imagenet_sample, vae=f"{tmp_path / 'p.py'}:load")
+    if "transform" in new:
+        text = "\n".join(line for line in text.splitlines() if not line.startswith("transform"))
+    (tmp_path / "config.toml").write_text(text.replace(old, new))
+    with pytest.raises(RevqError, match="gives no gradients"):
+        run_quietly(run(load_plan(tmp_path / "config.toml")))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
     ("part", "kind", "facts"),
     [
         ("", "revq-run", {"complete": True}),

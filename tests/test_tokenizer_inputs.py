@@ -208,3 +208,16 @@ def test_what_is_no_batch_of_indices_is_refused(make: Callable[[Tensor], Any], w
 def test_a_tokenizer_on_the_meta_device_says_that_it_has_no_weights(small_run: Any, images: Tensor) -> None:
     tokenizer = ReVQTokenizer.from_pretrained(small_run / "tokenizer").to("meta")
     assert "the tokenizer is on the meta device" in refusal(tokenizer.encode, images)
+
+
+@pytest.mark.parametrize("refine", [-1, 1.5, True, "2"])
+def test_what_is_no_number_of_steps_is_refused(refine: Any, tokenizer: ReVQTokenizer, images: Tensor) -> None:
+    message = refusal(lambda given: tokenizer.encode(given, refine=refine), images)
+    assert message == f"expected refine as a number of steps, 0 or more, found {refine!r}"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_that_are_not_dense_are_refused(tokenizer: ReVQTokenizer, images: Tensor) -> None:
+    assert refusal(tokenizer.encode, images.to_sparse()) == "expected images as a dense tensor, found a torch.sparse_coo one"
+    assert refusal(tokenizer.encode, torch.nested.nested_tensor(list(images))) == "expected images as a dense tensor, found a nested one"
+    assert refusal(tokenizer.decode, tokenizer.encode(images).to_sparse()) == "expected indices as a dense tensor, found a torch.sparse_coo one"

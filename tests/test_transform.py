@@ -254,3 +254,12 @@ def test_scales_have_mean_square_one_and_never_reach_zero() -> None:
 def test_a_decoder_that_reacts_to_nothing_is_an_error() -> None:
     with pytest.raises(CodebookError, match="--transform pca"):
         scale_from_sensitivity(torch.zeros(SHAPE))
+
+
+@pytest.mark.parametrize("kind", ["standardize", "pca", "decoder"])
+@pytest.mark.parametrize(("shape", "tokens"), [((32, 8, 8), 512), ((32, 16, 16), 1024), (BIG, 24)])
+def test_an_empty_batch_goes_through_every_transform_and_back(kind: str, shape: tuple[int, int, int], tokens: int) -> None:
+    transform = blank_transform(shape, tokens, kind)
+    coordinates = transform(torch.empty(0, *shape))
+    assert coordinates.shape == (0, tokens, math.prod(shape) // tokens)
+    assert transform.inverse(coordinates).shape == (0, *shape)

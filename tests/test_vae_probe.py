@@ -241,3 +241,39 @@ def test_a_mismatch_in_the_weights_alone_says_so(tmp_path: Path) -> None:
 
 def test_a_good_vae_in_a_folder_passes_the_first_stage_as_before(tmp_path: Path) -> None:
     assert FrozenVAE.load(str(save_tiny(kl(), tmp_path / "kl"))).latent_shape(64) == (4, 32, 32)
+
+
+class Moody(NeedsMultiplesOf):
+    """Changes what `encode` or `decode` gives by `how`."""
+
+    def __init__(self, where: str, how: Any) -> None:
+        super().__init__(4)
+        inner = getattr(self, where)
+        setattr(self, where, lambda given: how(given, inner(given)))
+
+
+def one_at_a_time(given: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    assert len(given) == 1, "one at a time"
+    return result
+
+
+MOODS = {
+    "gives something else each time": lambda given, result: result + 1e-3 * torch.randn_like(result),
+    "gives something else for an image beside another one": lambda given, result: result - result.mean(0, keepdim=True) * (len(given) > 1),
+    "fails on a tensor of shape (2,": one_at_a_time,
+    "of a batch of two, and": lambda given, result: result[:1],
+}
+
+
+@pytest.mark.parametrize("where", ["encode", "decode"])
+@pytest.mark.parametrize("told", MOODS)
+def test_a_vae_that_has_no_one_answer_for_an_image_or_takes_one_alone_is_refused(where: str, told: str) -> None:
+    message = refused(Moody(where, MOODS[told]), 64)
+    assert message.startswith(f"VAE mine cannot be used: its {where} ")
+    assert told in message
+
+
+def test_a_plug_in_that_exits_is_an_error_and_no_success(tmp_path: Path) -> None:
+    (tmp_path / "p.py").write_text("import sys\n\n\ndef load():\n    sys.exit(0)\n")
+    with pytest.raises(VAEError, match=r"p\.py:load failed with SystemExit: 0"):
+        FrozenVAE.load(f"{tmp_path / 'p.py'}:load")

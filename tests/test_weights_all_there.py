@@ -246,6 +246,10 @@ def test_networks_of_the_metrics_are_all_there_or_refused_by_name(
     torch.save({**state, name: torch.zeros(7, 7)}, path)
     with pytest.raises(ConfigError, match=f"{name} is 7x7 and not "):
         load(path)
+    for other in (b"", b"junk\n", b"<!DOCTYPE html>", bytes(range(256)), path.read_bytes()[:1000]):
+        path.write_bytes(other)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load(path)
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_left_out_by_name_and_none_of_it_is_taken(

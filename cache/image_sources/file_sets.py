@@ -2,7 +2,9 @@
 
 Read as the parts of one set, whatever separates the pieces (`-`, `_`, `.`): `train-00000-of-00002.parquet`, `train_0000_of_0002.tar`, `0000.tar`;
 with a tag, as the hub has it for each file (`train-00000-of-00002-566cc9b19d7203f8.parquet`) and Spark for each job
-(`part-00000-UUID-c000.snappy.parquet`).
+(`part-00000-UUID-c000.snappy.parquet`, on Databricks `part-00000-tid-NUMBER-UUID-1-1-c000.snappy.parquet`); and Hive's `000000_0.parquet`.
+
+Of other names nobody knows whether they are parts of one set: each is then a set of one file, and the message says how to name them all.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from .patterns import expand
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _PART = re.compile(
     rf"(?P<head>(?P<set>.*?)[-_.]?)(?P<number>\d+)(?P<of>[-_.]?of[-_.]?(?P<count>\d+))?"
-    rf"(?P<tag>[-_.](?:{_UUID}|[0-9a-f]{{16,64}}))?(?P<piece>(?:_\d{{5}})?[-_.]c\d{{3,}})?"
+    rf"(?P<tag>[-_.](?:(?:tid-\d+-)?{_UUID}|[0-9a-f]{{16,64}}))?(?P<piece>(?:_\d{{5}}|-\d+-\d+)?[-_.]c\d{{3,}}|(?<=^\d{{6}})_\d+)?"
     r"(?P<end>(?:\.(?:snappy|gz|gzip|zstd|lz4|lz4raw|lz4_raw|br|brotli|lzo|none|uncompressed))?\.(?:tar|parquet))",
     re.IGNORECASE,
 )
@@ -43,7 +45,7 @@ class _Part:
     tag: str = ""
     """ "-566cc9b19d7203f8"."""
     piece: str = ""
-    """ "-c000", of what one task of Spark wrote."""
+    """ "-c000", of what one task of Spark wrote; "_0", an attempt of Hive's."""
     end: str = ""
     """ ".snappy.parquet"."""
 
@@ -61,7 +63,9 @@ def check_one_set(name: str, places: Sequence[Place]) -> None:
     if len({parts[0].set for parts in sets}) > 1 or len({os.path.dirname(parts[0].place.path) for parts in sets}) < len(sets):
         told = sorted({_describe(parts) for parts in sets})
         shown = ", ".join(told[:_SHOWN]) + (", ..." if len(told) > _SHOWN else "")
-        raise ImageError(f"{name} holds several sets of files ({shown}); {_advise(min(sets, key=_describe))}")
+        whole = glob_for(places) if all(len(parts) == 1 for parts in sets) else ""
+        together = "" if whole == "" else f"; where together they are one set, name each in braces{whole and f': {whole}'}"
+        raise ImageError(f"{name} holds several sets of files ({shown}){together}; {_advise(min(sets, key=_describe))}")
     for parts in sets:
         _check_numbers(name, parts)
 

@@ -6,6 +6,7 @@ image that cannot be read. As it is not there, a folder without an image is no c
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shlex
@@ -31,7 +32,7 @@ _DECODED = {
     "WEBP": "webp",
 }
 IMAGE_SUFFIXES = frozenset("." + suffix for suffixes in _DECODED.values() for suffix in suffixes.split())
-_SPLIT_NAME = re.compile(rb"(train|val|test)(ing|set)?|valid(ation)?|dev|eval(uation)?", re.IGNORECASE)
+_SPLIT_WORD = re.compile(rb"(?<![a-z])((train|val|test)(ing|set)?|valid(ation)?|dev|eval(uation)?)(?![a-z])", re.IGNORECASE)
 
 
 class FolderSource:
@@ -114,16 +115,25 @@ def mixed_message(root: object, flat: object, inside: object) -> str:
 def splits_among(classes: Sequence[bytes], names: pa.LargeBinaryArray) -> list[bytes]:
     """Those of the top-level folders that are the splits of a data set and no classes; empty where all are classes.
 
+    A split is called as one (`train`), or as another folder but for that word (`train2017` beside `val2017`).
+
     `train/` beside `cat/` and `bus/` is a class (COCO has it). Folders are splits where there are several such names and no other ones, or
     where they hold folders again, alone or several of them.
     """
-    splits = [name for name in classes if _SPLIT_NAME.fullmatch(name)]
+    splits = _split_names(classes)
     if not splits or len(splits) < min(len(classes), 2):
         return []
     if len(splits) > 1 and len(splits) == len(classes):
         return splits
     tops = tuple(name + b"/" for name in splits)
     return splits if any(name.startswith(tops) and name.count(b"/") > 1 for name in iterate(names)) else []
+
+
+def _split_names(folders: Sequence[bytes]) -> list[bytes]:
+    """Those that are called as splits are; see `splits_among`."""
+    words = {name: match[0].lower() for name in folders if (match := _SPLIT_WORD.search(name))}
+    rests = {name: _SPLIT_WORD.sub(b"/", name, count=1) for name in words}
+    return [name for name in words if rests[name] == b"/" or any(rests[name] == rests[other] and words[name] != words[other] for other in words)]
 
 
 def _list_images(root: Place, skipped: Skipped) -> tuple[pa.LargeBinaryArray, set[bytes]]:
@@ -144,6 +154,8 @@ def _list_images(root: Place, skipped: Skipped) -> tuple[pa.LargeBinaryArray, se
                 broken.add(name)
         else:
             skipped.add(what_it_is(name) if kind == FILE else kind, name)
+    if root.around[0].endswith("zip://") and any(b"\\" in name for name in flat):
+        raise ImageError(f"{root} parts its names by backslashes ({printable(min(flat))}), which hides its folders; unpack it and give the folder")
     if flat and nested:
         raise ImageError(mixed_message(root, printable(min(flat)), printable(min(nested).partition(b"/")[0])))
     skip_empty_folders(skipped, folders, (name.partition(b"/")[0] for name in nested))
@@ -162,8 +174,17 @@ def _where_images_are(root: Place, skipped: Skipped) -> str:
     """Advice for a folder around folders of archives, as the hub's data sets have them, and for names that fsspec does not find."""
     if root.around[0].endswith("tar://"):
         return "; of names that begin with / or hold .. tar:// finds none: give the plain .tar itself"
-    first = next((name for suffix in (".parquet", ".tar") if (name := skipped.first(suffix))), "")
-    return f"; give the folder of its archives, {shlex.quote(str(root.inside(os.path.dirname(first))))}" if first else ""
+    suffix = next((suffix for suffix in (".parquet", ".tar") if skipped.first(suffix)), None)
+    if suffix is None:
+        return ""
+    first = skipped.first(suffix)
+    folder = root.inside(os.path.dirname(first))
+    here = sum(suffix_of(name) == suffix for name, _ in folder.scan())
+    others = skipped.counts()[suffix] - here
+    safe = root.at(glob.escape(root.path)) if root.filesystem is None else root
+    pattern = shlex.quote(str(safe.inside("*/" * first.count("/") + "*" + suffix)))
+    told = f", or {pattern} for the {others} in other folders too (the folders' names are no labels then)" if others else ""
+    return f"; give the folder of its archives, {shlex.quote(str(folder))}{told}"
 
 
 def skip_empty_folders(skipped: Skipped, folders: Iterable[bytes], classes: Iterable[bytes]) -> None:

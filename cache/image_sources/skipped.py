@@ -1,7 +1,8 @@
 """What a source passes over, counted by reason, so that nothing is left out in silence: `open_source` says it, results and summaries hold it.
 
 Never images, whatever is in them: what begins with a dot, and the folders that systems leave behind (macOS's `__MACOSX` and `PaxHeader`,
-Synology's `@eaDir` and `#recycle`, Windows' `$RECYCLE.BIN`, `lost+found`). Such a folder is counted once and not looked into.
+Synology's `@eaDir` and `#recycle`, QNAP's `@Recycle`, Windows' `$RECYCLE.BIN`, `lost+found`), in capitals or not. Such a folder is counted
+once and not looked into.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from collections.abc import Mapping
 HIDDEN, SYSTEM = "hidden", "system folder"
 STORE, EMPTY = "Zarr store", "folder without an image"
 LINK_AROUND = "link to a folder around it"
-_SYSTEM = rb"__MACOSX|PaxHeaders?(?:\.\d+)?|@eaDir|@tmp|#recycle|\$RECYCLE\.BIN|System Volume Information|lost\+found"
-_ASIDE = re.compile(rb"(?:^|/)(?:(\.)[^/]*|(?:" + _SYSTEM + rb")(?=/))")
+_SYSTEM = (
+    rb"__MACOSX|PaxHeaders?(?:\.\d+)?|Network Trash Folder|Temporary Items|@eaDir|@tmp|#recycle|#snapshot|@Recycle|@Recently-Snapshot|~snapshot|"
+    rb"\$RECYCLE\.BIN|RECYCLER|System Volume Information|FOUND\.\d\d\d|lost\+found"
+)
+_ASIDE = re.compile(rb"(?:^|/)(?:(\.)[^/]*|(?:" + _SYSTEM + rb")(?=/))", re.IGNORECASE)
 _SHOWN = 8
 
 

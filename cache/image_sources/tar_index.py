@@ -2,7 +2,8 @@
 
 Python's tarfile gives the same offsets at 0.4 of the speed (docs/notes/images.md), and takes a damaged header for the end of the archive.
 Formats: ustar, GNU (long names, sizes past 8 GiB) and pax. Refused, with what and where: compressed archives, archives that are cut off or
-damaged, and sparse files. A name is what unpacking makes of it: without "./" or "/" before it, and without what is before a "..".
+damaged, sparse files, and what `cat` makes of several tars. A name is what unpacking makes of it: without "./" or "/" before it, and
+without what is before a "..".
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..places import RandomFile
 BLOCK = 512
 _ZERO = bytes(BLOCK)
 _LOCAL_STEP = 4096  # bytes read at once: a page costs no more than a header
+_END_BYTES = 1 << 20  # of zeros behind a tar's end mark that are looked at: tar fills its last record of 10 KiB, or what --blocking-factor says
 _REMOTE_STEP = 1 << 20  # a request takes about as long for 1 MiB as for 512 bytes
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
 _REGULAR, _FOLDER, _LINKS, _NO_DATA = b"0\x007", b"5", b"12", b"123456"
@@ -76,6 +78,7 @@ class TarWalk:
         while True:
             header = self.read(position, BLOCK)
             if header == _ZERO:
+                self._check_end(position)
                 return
             self._check(header, position)
             kind, size, data = header[156:157], _number(header[124:136]), position + BLOCK
@@ -105,6 +108,17 @@ class TarWalk:
                 yield Member(clean, data, size, crc32(header), _kind_word(kind, name), _target(clean, kind, link))
             else:
                 self.rooted = True
+
+    def _check_end(self, position: int) -> None:
+        """Raises ImageError where more tar follows: `cat a.tar b.tar` is no tar of both, and every program unpacks the first alone."""
+        stop = min(self._stop, position + _END_BYTES)
+        header = _ZERO
+        while header == _ZERO and position < stop:
+            header = self.read(position, BLOCK)
+            position += BLOCK
+        if header != _ZERO and len(header) == BLOCK and _checksum_holds(header):
+            mend = "join tars with tar -Af, or give them one by one"
+            raise ImageError(f"{self.where} holds another tar behind its end mark, at byte {position - BLOCK}, that unpacking would not find; {mend}")
 
     def _check(self, header: bytes, position: int) -> None:
         """Raises ImageError where `header` is none."""

@@ -75,8 +75,9 @@ def _fetch(job: EncodingJob, positions: list[int], batch_latents: Tensor, latent
     finite = torch.isfinite(values).flatten(1).all(1)
     if not bool(finite.all()):
         key = rows[positions[int((~finite).nonzero()[0, 0])]].key
-        mend = "encode with --dtype float32 (and --overwrite)" if job.config.dtype == "float16" else "use another VAE or leave the image out"
-        raise StoreError(f"the latent of image {key} of {job.source.name} is not finite in {job.config.dtype}; {mend}")
+        too_large = bool(torch.isfinite(computed).all())
+        mend = "encode with --dtype float32 (and --overwrite)" if too_large else "use another VAE or leave the image out"
+        raise StoreError(f"the latent of image {key} of {job.source.name} is not finite{too_large * f' in {job.config.dtype}'}; {mend}")
     latents[positions] = values.numpy()
     if job.rounding.rows < ENOUGH_ROWS:
         job.rounding.add(computed.numpy(), values.numpy())
