@@ -43,7 +43,7 @@ class Loss:
         )
 
 
-class RoundingTally:
+class RoundingSums:
     """Sums over rows of latents, as they were computed and as they are kept."""
 
     def __init__(self, latent_shape: tuple[int, int, int]) -> None:

@@ -83,11 +83,11 @@ def comparison_table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[s
     labels = {str(each.get("rfid_label")) for each in evaluations}
     titles = dict(zip(COLUMNS, headline_table(_with_all(evaluations[0]))[0][1:], strict=True))
     titles["rfid"] = f"{labels.pop()} ↓" if len(labels) == 1 else "rFID@n ↓"
-    head = ["tokenizer", "tokens", "codes", "bits", "bits/px", *(titles[name] for name in columns), "VAE PSNR", "won back", "used codes"]
+    head = ["tokenizer", "tokens", "codes", "bits", "bits/px", *(titles[name] for name in columns), "VAE PSNR", "recovered", "used codes"]
     table = [head]
     for name, each in zip(names, evaluations, strict=True):
         row, usage = each["rows"]["rectified"], each["codebook_usage"]
-        won = (each.get("won_back") or {}).get("psnr_db")
+        won = (each.get("recovered") or {}).get("psnr_db")
         values = [metric_text(row, column) + (f" ({each['rfid_label']})" if column == "rfid" and labels else "") for column in columns]
         sizes = [f"{each['tokens_per_image']:,}", f"{usage['codes']:,}", f"{each['bits_per_image']:,.0f}", f"{each['bits_per_pixel']:.3f}"]
         more = [number(each["rows"]["vae"]["psnr_db"], 2), "–" if won is None else f"{won:.0%}", f"{usage['usage']['median']:.0%}"]
@@ -126,7 +126,7 @@ def _short(value: Any) -> str:
 
 
 def _values(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("images", "rfid_label", "rows", "won_back", "tokens_per_image", "bits_per_image", "bits_per_pixel", "codebook_usage", "fingerprints")
+    names = ("images", "rfid_label", "rows", "recovered", "tokens_per_image", "bits_per_image", "bits_per_pixel", "codebook_usage", "fingerprints")
     return {name: metrics.get(name) for name in names}
 
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 from ..errors import RevqError, one_line
 from ..files import disk_errors
 from .distributed import world
-from .words import printable
+from .terminal_text import printable
 
 
 class _Terminated(KeyboardInterrupt):

@@ -19,7 +19,7 @@ from rich.table import Column
 from rich.text import Text
 
 from ..stages.events import Advance, Begin, Event, Note, Result, closing_events
-from .words import printable, words
+from .terminal_text import printable, words
 
 _RATE_WINDOW_S = 30.0
 _LINE_EVERY_S = 10.0

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.manifest import failures_by_reason
-from ..cache.precision import TOLERATED_LOSS, RoundingTally
+from ..cache.precision import TOLERATED_LOSS, RoundingSums
 from ..cache.store import LatentSplit, LatentStore, split_attributes
 from ..cache.store_folder import StoreFolder
 from ..errors import StoreError, one_line
@@ -84,7 +84,7 @@ def _verify_split(store: LatentStore, split: LatentSplit) -> Generator[Event, No
     manifest_ok = np.array([status == "ok" for status in split.manifest()["status"].to_pylist()])
     if not np.array_equal(manifest_ok, split.ok):
         raise StoreError(f"{where} is damaged: its manifest and its array ok disagree; {_again(split)}")
-    sums, rounding = np.zeros(store.encoding.latent_shape), RoundingTally(store.encoding.latent_shape)
+    sums, rounding = np.zeros(store.encoding.latent_shape), RoundingSums(store.encoding.latent_shape)
     yield Begin(task=f"verify {split.name}", total=rows, unit="rows")
     for start in range(0, rows, split.shard_rows):
         stop = min(start + split.shard_rows, rows)
@@ -97,7 +97,7 @@ def _verify_split(store: LatentStore, split: LatentSplit) -> Generator[Event, No
     yield from (Note(text=f"{where}: {text}", warning=True) for text in _what_rounding_took(rounding, split))
 
 
-def _what_rounding_took(rounding: RoundingTally, split: LatentSplit) -> Iterator[str]:
+def _what_rounding_took(rounding: RoundingSums, split: LatentSplit) -> Iterator[str]:
     dtype, loss = split.latents.dtype, rounding.worst()
     mend = f"{_again(split)} --dtype float32" if dtype == np.float16 else "use a VAE without that offset"
     if loss and loss.share > TOLERATED_LOSS:
@@ -115,7 +115,7 @@ def _check_shard_file(store: LatentStore, split: LatentSplit, shard: int, where:
         raise StoreError(f"{where} is damaged: {key} is {'missing' if data is None else 'not what was written'}; {_again(split)}")
 
 
-def _checked_sum(split: LatentSplit, start: int, stop: int, where: str, rounding: RoundingTally) -> NDArray[np.float64]:
+def _checked_sum(split: LatentSplit, start: int, stop: int, where: str, rounding: RoundingSums) -> NDArray[np.float64]:
     """(C,H,W) float64 sum over the ok rows start .. stop; some of them go to `rounding`."""
     try:
         block = np.asarray(split.latents[start:stop], dtype=np.float64)

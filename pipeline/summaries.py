@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from .words import printable, words
+from .terminal_text import printable, words
 
 _METRICS = {"rfid": ("rFID", 2), "psnr_db": ("PSNR dB", 2), "ssim": ("SSIM", 3), "lpips_alex": ("LPIPS", 3)}
 _FLAGS = {"already_complete", "dry_run"}

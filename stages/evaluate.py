@@ -34,8 +34,8 @@ from .evaluation.networks import FeatureCache, Inception, Lpips, cache_folder
 from .evaluation.outputs import EVALUATION_KIND, METRICS_NAME, finished_metrics, write_evaluation
 from .evaluation.protocols import PROTOCOLS
 from .evaluation.reconstruct import check_round_trip, reconstruct
+from .evaluation.state import EvaluationState, Measured, new_state, resume, save_partial
 from .evaluation.summary import Context
-from .evaluation.tally import Measured, Tally, new_tally, resume, save_partial
 from .evaluation.tolerance import Instruments, affordable_images, measure_tolerance
 from .evaluation.weights import FoundWeights, find_metric_weights
 from .events import Advance, Begin, Event, Note, Result
@@ -85,18 +85,18 @@ def _evaluate(config: EvaluateConfig, folder: OutputFolder) -> Iterator[Event]:
         yield _result(out, finished)
         return
     instruments = _load_instruments(inputs)
-    tally = yield from _measure_all(inputs, instruments, None if replaces else out)
-    tally.merge_ranks()
-    if not tally.images:
-        index, reason = tally.failed[0]
+    state = yield from _measure_all(inputs, instruments, None if replaces else out)
+    state.merge_ranks()
+    if not state.images:
+        index, reason = state.failed[0]
         key = inputs.source.items[index].key
         raise ImageError(f"none of the {inputs.count} images in {inputs.source.name} can be read; the first, {key}: {reason}")
-    if tally.failed:
-        yield Note(text=f"{len(tally.failed)} of {inputs.count} images cannot be read and are left out; {METRICS_NAME} names them", warning=True)
-    tolerance = yield from _tolerance(inputs, instruments, tally)
+    if state.failed:
+        yield Note(text=f"{len(state.failed)} of {inputs.count} images cannot be read and are left out; {METRICS_NAME} names them", warning=True)
+    tolerance = yield from _tolerance(inputs, instruments, state)
     claim = partial(folder.replace, identity) if replaces else None
     context = _context(inputs)
-    metrics = ranks.on_first(lambda: write_evaluation(out, tally, context, inputs.loader, tolerance=tolerance, claim=claim))
+    metrics = ranks.on_first(lambda: write_evaluation(out, state, context, inputs.loader, tolerance=tolerance, claim=claim))
     yield _result(out, metrics)
 
 
@@ -131,28 +131,28 @@ def _load_instruments(inputs: _Inputs) -> Instruments:
     return Instruments(inception=Inception(paths["rfid"], device) if paths["rfid"] else None, lpips=lpips)
 
 
-def _measure_all(inputs: _Inputs, instruments: Instruments, kept_in: Path | None) -> Generator[Event, None, Tally]:
+def _measure_all(inputs: _Inputs, instruments: Instruments, kept_in: Path | None) -> Generator[Event, None, EvaluationState]:
     """One pass over this rank's images, kept in the folder `kept_in` while it runs; None keeps nothing."""
     tokenizer, world = inputs.tokenizer, ranks.world_size()
     taken = [row for row in ROWS if row != "rectified" or tokenizer.rectifier is not None] if instruments.inception else []
-    make = partial(new_tally, tokens=tokenizer.tokens, codes=tokenizer.codes, images=inputs.count, device=tokenizer.device, rows=taken)
+    make = partial(new_state, tokens=tokenizer.tokens, codes=tokenizer.codes, images=inputs.count, device=tokenizer.device, rows=taken)
     settings = _partial_settings(inputs)
-    tally = resume(make, kept_in, settings) if kept_in else make()
+    state = resume(make, kept_in, settings) if kept_in else make()
     total = inputs.loader.share(inputs.count, rank=ranks.rank(), ranks=world)
-    yield Begin(task=ranks.task_of_share("evaluate"), total=total, unit="images", done=tally.seen)
+    yield Begin(task=ranks.task_of_share("evaluate"), total=total, unit="images", done=state.seen)
     saved = time.monotonic()
     try:
-        for batch in inputs.loader.batches(range(inputs.count), rank=ranks.rank(), ranks=world, skip=tally.batches):
-            tally.commit(batch, _measure(inputs, instruments, batch) if batch.crops else None)
+        for batch in inputs.loader.batches(range(inputs.count), rank=ranks.rank(), ranks=world, skip=state.batches):
+            state.commit(batch, _measure(inputs, instruments, batch) if batch.crops else None)
             if kept_in and time.monotonic() - saved > _SAVE_EVERY_S:
-                save_partial(tally, kept_in, settings)
+                save_partial(state, kept_in, settings)
                 saved = time.monotonic()
-            yield Advance(done=tally.seen, values=_watched(tally))
+            yield Advance(done=state.seen, values=_watched(state))
     except (KeyboardInterrupt, GeneratorExit):
-        if kept_in and tally.whole and tally.batches:
-            save_partial(tally, kept_in, settings)
+        if kept_in and state.whole and state.batches:
+            save_partial(state, kept_in, settings)
         raise
-    return tally
+    return state
 
 
 def _measure(inputs: _Inputs, instruments: Instruments, batch: Batch) -> Measured:
@@ -181,18 +181,18 @@ def _way(inputs: _Inputs) -> dict[str, Any]:
     return {"bf16": inputs.config.precision == "bf16", "refine": inputs.config.refine}
 
 
-def _watched(tally: Tally) -> dict[str, float]:
+def _watched(state: EvaluationState) -> dict[str, float]:
     """The figure to show beside the progress: the rectified row's PSNR, as the result will have it, over all images of this rank so far."""
-    return {"rectified_psnr_db": float(tally.column("rectified", "psnr_db").mean())} if tally.images else {}
+    return {"rectified_psnr_db": float(state.column("rectified", "psnr_db").mean())} if state.images else {}
 
 
-def _tolerance(inputs: _Inputs, instruments: Instruments, tally: Tally) -> Generator[Event, None, dict[str, Any] | None]:
+def _tolerance(inputs: _Inputs, instruments: Instruments, state: EvaluationState) -> Generator[Event, None, dict[str, Any] | None]:
     """The tolerance curve over images spread evenly over those that were measured; None where it is switched off."""
     if not inputs.config.tolerance:
         return None
     asked = inputs.config.tolerance_images
-    wanted = affordable_images(inputs.tokenizer, tally.images) if asked is None else min(asked, tally.images)
-    positions = sorted({tally.index[round(i * (tally.images - 1) / max(wanted - 1, 1))] for i in range(wanted)})
+    wanted = affordable_images(inputs.tokenizer, state.images) if asked is None else min(asked, state.images)
+    positions = sorted({state.index[round(i * (state.images - 1) / max(wanted - 1, 1))] for i in range(wanted)})
     alex = {name: network for name, network in instruments.lpips.items() if name == "lpips_alex"}
     fewer = Instruments(inception=instruments.inception, lpips=alex)
     return (yield from measure_tolerance(inputs.tokenizer, inputs.loader, positions, fewer, seed=inputs.config.seed, **_way(inputs)))

@@ -30,7 +30,7 @@ METRICS: dict[str, Any] = {
         row: {"rfid": None, "psnr_db": psnr, "ssim": 0.5, "lpips_alex": None, "lpips_vgg": None, "inception_score": None}
         for row, psnr in (("original", None), ("vae", 27.0), ("quantized", 24.0), ("rectified", 24.6))
     },
-    "won_back": {"psnr_db": 0.2},
+    "recovered": {"psnr_db": 0.2},
     "tokens_per_image": 512,
     "bits_per_image": 4608.0,
     "bits_per_pixel": 1.125,
@@ -59,7 +59,7 @@ def save(folder: Path, metrics: dict[str, Any]) -> str:
 
 def test_a_line_has_the_sizes_the_rectified_row_and_its_ceiling() -> None:
     table = comparison_table([METRICS, changed(**{"rows.rectified.psnr_db": 26.0})], ["a", "b"])
-    assert table[0] == ["tokenizer", "tokens", "codes", "bits", "bits/px", "PSNR (dB) ↑", "SSIM ↑", "VAE PSNR", "won back", "used codes"]
+    assert table[0] == ["tokenizer", "tokens", "codes", "bits", "bits/px", "PSNR (dB) ↑", "SSIM ↑", "VAE PSNR", "recovered", "used codes"]
     assert table[1] == ["a", "512", "512", "4,608", "1.125", "24.60", "0.5000", "27.00", "20%", "18%"]
     assert table[2][5] == "26.00"
 

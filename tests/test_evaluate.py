@@ -336,7 +336,7 @@ def test_what_a_user_asks_is_recorded(small_run: Path, imagenet_sample: Path, tm
     value = run_quietly(evaluate(config_for(small_run, imagenet_sample / "val", tmp_path / "out", limit=10, batch_size=4)))
     rows = value["rows"]
     lost = rows["vae"]["psnr_db"] - rows["quantized"]["psnr_db"]
-    assert value["won_back"]["psnr_db"] == pytest.approx((rows["rectified"]["psnr_db"] - rows["quantized"]["psnr_db"]) / lost)
+    assert value["recovered"]["psnr_db"] == pytest.approx((rows["rectified"]["psnr_db"] - rows["quantized"]["psnr_db"]) / lost)
     assert value["round_trip"] == {"images": 4, "largest_difference": 0}
     assert value["throughput"]["encode_images_per_s"] > 0
     assert value["throughput"]["images"] == 6

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from revq.cache.manifest import OK, ManifestRow
-from revq.cache.precision import RoundingTally
+from revq.cache.precision import RoundingSums
 from revq.cache.store import Encoding, LatentStore
 from revq.cache.writer import SplitPlan, SplitWriter
 from revq.errors import StoreError
@@ -48,15 +48,15 @@ def share_of(latents: NDArray[np.float64], kept: NDArray[Any]) -> float:
     return float(np.sqrt(errors / latents[:, 1].var(0, ddof=1).mean()))
 
 
-def tally(latents: NDArray[Any], kept: NDArray[Any] | None = None, batch: int = 64) -> RoundingTally:
-    made = RoundingTally(latents.shape[1:])
+def sums(latents: NDArray[Any], kept: NDArray[Any] | None = None, batch: int = 64) -> RoundingSums:
+    made = RoundingSums(latents.shape[1:])
     for start in range(0, len(latents), batch):
         made.add(latents[start : start + batch], None if kept is None else kept[start : start + batch])
     return made
 
 
 def measured(latents: NDArray[Any], kept: NDArray[Any] | None = None, batch: int = 64) -> float:
-    loss = tally(latents, kept, batch).worst()
+    loss = sums(latents, kept, batch).worst()
     assert loss is not None
     return loss.share
 
@@ -113,16 +113,16 @@ def test_whole_numbers_that_float16_has_are_no_loss() -> None:
 def test_a_channel_that_never_varies_has_nothing_to_lose() -> None:
     latents = truth().astype(np.float32)
     latents[:, 1] = 1000.1
-    tally(latents, latents.astype(np.float16)).check("float16")
+    sums(latents, latents.astype(np.float16)).check("float16")
     latents[:, 1] += 1e-7 * np.random.default_rng(0).standard_normal((500, 4, 4)).astype(np.float32)  # another batch, other last bits
-    tally(latents, latents.astype(np.float16)).check("float16")
-    tally(np.repeat(latents[:1], 5, 0), np.repeat(latents[:1], 5, 0).astype(np.float16)).check("float16")
+    sums(latents, latents.astype(np.float16)).check("float16")
+    sums(np.repeat(latents[:1], 5, 0), np.repeat(latents[:1], 5, 0).astype(np.float16)).check("float16")
 
 
 def test_one_row_says_nothing() -> None:
     latents = truth(1, offset=1000.0).astype(np.float32)
-    assert tally(latents, latents.astype(np.float16)).worst() is None
-    assert tally(latents.astype(np.float16)).one_valued() == []
+    assert sums(latents, latents.astype(np.float16)).worst() is None
+    assert sums(latents.astype(np.float16)).one_valued() == []
 
 
 # encode-latents

@@ -43,7 +43,7 @@ METRICS: dict[str, Any] = {
     },
     "images": 3,
     "rfid_label": "rFID@3",
-    "won_back": {"rfid": None, "psnr_db": 0.25, "ssim": 0.25, "lpips_alex": 0.4, "lpips_vgg": None},
+    "recovered": {"rfid": None, "psnr_db": 0.25, "ssim": 0.25, "lpips_alex": 0.4, "lpips_vgg": None},
     "throughput": {"encode_images_per_s": 41.0, "decode_images_per_s": 30.5, "images": 3, "batch_size": 64, "device": "cpu"},
     "round_trip": {"images": 3, "largest_difference": 0},
     "tolerance": {
@@ -195,7 +195,7 @@ def test_the_html_report_shows_the_table_the_verdict_and_the_notes(evaluation: P
         "512 tokens of 512 codes",
         "rFID@3 ↓",
         "not comparable to published numbers",
-        "Share of the loss won back: PSNR 25%, SSIM 25%, LPIPS-Alex 40%.",
+        "Share of the loss recovered: PSNR 25%, SSIM 25%, LPIPS-Alex 40%.",
         "encode 41.0 and decode 30.5 images/s on cpu, 64 at once",
         "Worst and best images",
         "How much error the decoder forgives",
@@ -204,7 +204,7 @@ def test_the_html_report_shows_the_table_the_verdict_and_the_notes(evaluation: P
         "Every codebook, least used first",
         "<cat>",
         "the same pictures (3 images)",
-        "Quantization costs 4.00 dB against the VAE alone; the rectifier wins back 1.00 dB of it (25%).",
+        "Quantization costs 4.00 dB against the VAE alone; the rectifier recovers 1.00 dB of it (25%).",
         "curl -o FILE URL",
         "or pass the file by --inception-weights PATH",
         "runs/<b>&mine (fingerprint 0000000000000000)",
@@ -274,7 +274,7 @@ def test_the_error_map_is_black_where_pictures_agree_and_white_where_they_differ
 
 def test_an_evaluation_without_extras_still_has_a_report(evaluation: Path) -> None:
     metrics = json.loads((evaluation / "metrics.json").read_text())
-    for name in ("tolerance", "training", "classes", "extremes", "codebooks", "throughput", "round_trip", "won_back"):
+    for name in ("tolerance", "training", "classes", "extremes", "codebooks", "throughput", "round_trip", "recovered"):
         metrics.pop(name)
     (evaluation / "metrics.json").write_text(json.dumps(metrics))
     page = Page(write_report(evaluation).read_text())
@@ -300,7 +300,7 @@ class Outcome:
 
 
 OUTCOMES = [
-    Outcome("wins back", (25.0, 21.0, 22.0), "Quantization costs 4.00 dB against the VAE alone; the rectifier wins back 1.00 dB of it (25%)."),
+    Outcome("recovers", (25.0, 21.0, 22.0), "Quantization costs 4.00 dB against the VAE alone; the rectifier recovers 1.00 dB of it (25%)."),
     Outcome("does harm", (25.0, 21.0, 20.5), "Quantization costs 4.00 dB against the VAE alone; the rectifier loses another 0.50 dB."),
     Outcome("no loss", (25.0, 25.5, 25.5), "Quantization costs nothing here: 0.50 dB above the VAE alone."),
     Outcome("lossless", (None, 21.0, 22.0), "Some rows equal the originals bit for bit, so there is no loss to compare."),

@@ -35,7 +35,7 @@ def markdown_report(metrics: Mapping[str, Any], charts: Container[str] = ()) -> 
         lines += [f"{metrics.get('rfid_label') or 'rFID'} is {NOT_COMPARABLE}.", ""]
     lines += [f"- {name}: {value}" for name, value in facts(metrics)]
     if shares(metrics):
-        lines.append("- loss won back by the rectifier: " + ", ".join(f"{name} {share}" for name, share in shares(metrics)))
+        lines.append("- loss recovered by the rectifier: " + ", ".join(f"{name} {share}" for name, share in shares(metrics)))
     if speed(metrics):
         lines.append(f"- speed: {speed(metrics)}")
     lines += ["", "![original, vae, quantized, rectified](reconstructions.png)", ""]

@@ -43,14 +43,14 @@ def metric_text(row: Mapping[str, Any], column: str) -> str:
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
-    """One sentence: what quantization costs, and how much of it the rectifier wins back."""
+    """One sentence: what quantization costs, and how much of it the rectifier recovers."""
     vae, quantized, rectified = (metrics["rows"][row]["psnr_db"] for row in ("vae", "quantized", "rectified"))
     if vae is None or quantized is None or rectified is None:
         return "Some rows equal the originals bit for bit, so there is no loss to compare."
     lost, won = vae - quantized, rectified - quantized
     if lost <= 0:
         return f"Quantization costs nothing here: {-lost:.2f} dB above the VAE alone."
-    change = f"wins back {won:.2f} dB of it ({won / lost:.0%})" if won >= 0 else f"loses another {-won:.2f} dB"
+    change = f"recovers {won:.2f} dB of it ({won / lost:.0%})" if won >= 0 else f"loses another {-won:.2f} dB"
     return f"Quantization costs {lost:.2f} dB against the VAE alone; the rectifier {change}."
 
 
@@ -89,9 +89,9 @@ def speed(metrics: Mapping[str, Any]) -> str | None:
 
 
 def shares(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Share of the quantization loss that the rectifier wins back, by every metric that can tell."""
+    """Share of the quantization loss that the rectifier recovers, by every metric that can tell."""
     names = {"psnr_db": "PSNR", "ssim": "SSIM", "lpips_alex": "LPIPS-Alex", "lpips_vgg": "LPIPS-VGG", "rfid": metrics.get("rfid_label", "rFID")}
-    won = metrics.get("won_back") or {}
+    won = metrics.get("recovered") or {}
     return [(title, f"{won[name]:.0%}") for name, title in names.items() if won.get(name) is not None]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...cache.classes import Numbering, classes_in, number_in_store
-from ...cache.precision import RoundingTally
+from ...cache.precision import RoundingSums
 from ...cache.sources import ImageSource, order_sha256
 from ...cache.store import Encoding
 from ...cache.store_folder import StoreFolder
@@ -37,7 +37,7 @@ class EncodingJob:
     vae: FrozenVAE
     encoding: Encoding
     plan: SplitPlan
-    rounding: RoundingTally
+    rounding: RoundingSums
     """Of the first rows that this process encodes."""
     numbering: Numbering = field(default_factory=Numbering)
 
@@ -66,7 +66,7 @@ def open_job(config: EncodeLatentsConfig, folder: StoreFolder, source: ImageSour
         chunk_rows=chunk_rows,
         shard_rows=shard_rows,
     )
-    return EncodingJob(config, folder, source, vae, encoding, plan, RoundingTally(encoding.latent_shape))
+    return EncodingJob(config, folder, source, vae, encoding, plan, RoundingSums(encoding.latent_shape))
 
 
 def with_classes(job: EncodingJob) -> EncodingJob:

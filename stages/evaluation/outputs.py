@@ -19,8 +19,8 @@ from .loader import Loader
 from .metrics import ROWS
 from .pictures import draw_grid, extreme_positions, spread_positions
 from .reconstruct import reconstruct
+from .state import EvaluationState
 from .summary import Context, image_table, summarize, thinned
-from .tally import Tally
 from .weights import FoundWeights
 
 EVALUATION_KIND = "revq-evaluation"
@@ -31,24 +31,24 @@ EXTREMES_NAME = "extremes.png"
 
 
 def write_evaluation(
-    out: Path, tally: Tally, context: Context, loader: Loader, *, tolerance: dict[str, Any] | None, claim: Callable[[], None] | None
+    out: Path, state: EvaluationState, context: Context, loader: Loader, *, tolerance: dict[str, Any] | None, claim: Callable[[], None] | None
 ) -> dict[str, Any]:
     """Everything that an evaluation leaves, metrics.json last; returns its content.
 
     Args:
         claim: takes the folder over from another evaluation; None where it is ours already.
     """
-    metrics = summarize(tally, context, tolerance=tolerance, training=_training(context.tokenizer_name))
-    psnr_db = tally.column("rectified", "psnr_db").numpy()
+    metrics = summarize(state, context, tolerance=tolerance, training=_training(context.tokenizer_name))
+    psnr_db = state.column("rectified", "psnr_db").numpy()
     worst, best = extreme_positions(psnr_db)
     sheets = {}
-    sheets[GRID_NAME], metrics["pictures"] = _draw(tally, context, loader, spread_positions(tally.images))
+    sheets[GRID_NAME], metrics["pictures"] = _draw(state, context, loader, spread_positions(state.images))
     if worst:
-        sheets[EXTREMES_NAME], metrics["extremes"] = _draw(tally, context, loader, worst + best)
+        sheets[EXTREMES_NAME], metrics["extremes"] = _draw(state, context, loader, worst + best)
         metrics["extremes"]["kinds"] = ["worst"] * len(worst) + ["best"] * len(best)
     if claim is not None:
         claim()
-    write_bytes(out / IMAGES_NAME, image_table(tally, context.source))
+    write_bytes(out / IMAGES_NAME, image_table(state, context.source))
     for name, sheet in sheets.items():
         write_bytes(out / name, sheet)
     write_json(out / METRICS_NAME, metrics)
@@ -57,21 +57,21 @@ def write_evaluation(
     return metrics
 
 
-def _draw(tally: Tally, context: Context, loader: Loader, positions: Sequence[int]) -> tuple[bytes, dict[str, Any]]:
-    """A sheet of the images at these positions of the tally, decoded again, and its layout with their keys and own PSNR by row."""
+def _draw(state: EvaluationState, context: Context, loader: Loader, positions: Sequence[int]) -> tuple[bytes, dict[str, Any]]:
+    """A sheet of the images at these positions of the state, decoded again, and its layout with their keys and own PSNR by row."""
     pictures = []
     for position in positions:
-        crop = loader.load(tally.index[position])
+        crop = loader.load(state.index[position])
         assert crop.pixels is not None
         pixels = torch.from_numpy(crop.pixels).unsqueeze(0).to(context.tokenizer.device)
         way = {"bf16": context.settings["precision"] == "bf16", "refine": context.settings["refine_steps"]}
         rows = reconstruct(context.tokenizer, pixels, [context.source.items[crop.index].key], **way).rows
         pictures.append([rows[row][0].cpu() for row in ROWS])
     sheet, layout = draw_grid(pictures, ROWS)
-    psnr_db = {row: tally.column(row, "psnr_db") for row in ROWS[1:]}
+    psnr_db = {row: state.column(row, "psnr_db") for row in ROWS[1:]}
     return sheet, {
         **layout,
-        "keys": [context.source.items[tally.index[position]].key for position in positions],
+        "keys": [context.source.items[state.index[position]].key for position in positions],
         "psnr_db": [{row: _finite(float(values[position])) for row, values in psnr_db.items()} for position in positions],
     }
 

@@ -22,11 +22,11 @@ from ...cache.sources import ImageSource
 from ...models.tokenizer import ReVQTokenizer
 from .. import ranks
 from .frechet import Gaussian, frechet_distance
+from .metric_notes import write_notes
 from .metrics import IMAGE_METRICS, METRICS, ROWS, spread
 from .networks import precision_flags
-from .notes import write_notes
 from .protocols import Protocol, is_imagenet_val, rfid_label
-from .tally import COLUMNS, LATENT_METRICS, Tally
+from .state import COLUMNS, LATENT_METRICS, EvaluationState
 from .weights import FoundWeights
 
 _CLASSES_SHOWN = 10
@@ -48,66 +48,66 @@ class Context:
     """Originals whose Inception features came from the cache."""
 
 
-def summarize(tally: Tally, context: Context, *, tolerance: dict[str, Any] | None, training: dict[str, Any] | None) -> dict[str, Any]:
+def summarize(state: EvaluationState, context: Context, *, tolerance: dict[str, Any] | None, training: dict[str, Any] | None) -> dict[str, Any]:
     """The content of metrics.json, but for the pictures."""
     tokenizer, source = context.tokenizer, context.source
-    keys = [source.items[index].key for index in tally.index]
-    each = tally.usage.each()
-    rows = row_values(tally, has_rectifier=tokenizer.rectifier is not None)
+    keys = [source.items[index].key for index in state.index]
+    each = state.usage.each()
+    rows = row_values(state, has_rectifier=tokenizer.rectifier is not None)
     imagenet_val = is_imagenet_val(keys)
     metrics = {
         "protocol": describe_protocol(context),
-        "images": tally.images,
-        "rfid_label": rfid_label(tally.images, imagenet_val=imagenet_val, published_weights=context.weights["rfid"].published),
+        "images": state.images,
+        "rfid_label": rfid_label(state.images, imagenet_val=imagenet_val, published_weights=context.weights["rfid"].published),
         "rows": rows,
-        "won_back": won_back(rows),
+        "recovered": recovered(rows),
         "tokens_per_image": tokenizer.tokens,
         "bits_per_image": tokenizer.bits_per_image,
         "bits_per_pixel": tokenizer.bits_per_image / tokenizer.image_size**2,
-        "codebook_usage": {**{name: spread(values) for name, values in each.items()}, "codes": tokenizer.codes, "images": tally.images},
-        "latent_error": {row: {name: float(tally.column(row, name).mean()) for name in LATENT_METRICS} for row in ("quantized", "rectified")},
+        "codebook_usage": {**{name: spread(values) for name, values in each.items()}, "codes": tokenizer.codes, "images": state.images},
+        "latent_error": {row: {name: float(state.column(row, name).mean()) for name in LATENT_METRICS} for row in ("quantized", "rectified")},
         "dataset": {
             "imagenet_val": imagenet_val,
-            "listed": len(tally.splits),
-            "unreadable": len(tally.failed),
-            "enlarged": tally.enlarged,
+            "listed": len(state.splits),
+            "unreadable": len(state.failed),
+            "enlarged": state.enlarged,
             "skipped": source.skipped.counts(),
         },
         "fingerprints": {
             "tokenizer": tokenizer.fingerprint,
             "vae": tokenizer.vae.fingerprint,
-            "images": hashlib.sha256(b"".join(tally.digests)).hexdigest()[:16],
+            "images": hashlib.sha256(b"".join(state.digests)).hexdigest()[:16],
         },
         "sources": {"tokenizer": context.tokenizer_name, "vae": tokenizer.vae.id, "images": source.name},
-        "round_trip": tally.round_trip,
-        "throughput": throughput(tally, context),
-        "classes": class_values(tally, source),
+        "round_trip": state.round_trip,
+        "throughput": throughput(state, context),
+        "classes": class_values(state, source),
         "tolerance": tolerance,
         "training": training,
         "codebooks": {name: [round(value, 6) for value in values] for name, values in each.items()},
     }
-    return {**metrics, "notes": write_notes(metrics, tally, context.weights, tokenizer, source, context.protocol)}
+    return {**metrics, "notes": write_notes(metrics, state, context.weights, tokenizer, source, context.protocol)}
 
 
-def row_values(tally: Tally, *, has_rectifier: bool) -> dict[str, dict[str, float | None]]:
+def row_values(state: EvaluationState, *, has_rectifier: bool) -> dict[str, dict[str, float | None]]:
     """Every metric of every row; None for one that was left out, that needs more images, or that is infinite (PSNR of equal images)."""
-    enough = tally.images > 1
-    gaussians: dict[str, Gaussian] = {row: moments.gaussian() for row, moments in tally.moments.items()} if enough else {}
+    enough = state.images > 1
+    gaussians: dict[str, Gaussian] = {row: moments.gaussian() for row, moments in state.moments.items()} if enough else {}
     values: dict[str, dict[str, float | None]] = {}
     for row in ROWS:
         same = "quantized" if row == "rectified" and not has_rectifier else row
-        means = {name: _finite_or_none(float(tally.column(row, name).mean())) for name in IMAGE_METRICS}
+        means = {name: _finite_or_none(float(state.column(row, name).mean())) for name in IMAGE_METRICS}
         sets = {
             "rfid": frechet_distance(gaussians["original"], gaussians[same]) if gaussians else None,
-            "inception_score": tally.inception_scores[same].compute() if tally.inception_scores else None,
+            "inception_score": state.inception_scores[same].compute() if state.inception_scores else None,
         }
         found = {**means, **sets}
         values[row] = {name: found[name] for name in METRICS}
     return values
 
 
-def won_back(rows: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Share of what quantization lost, from vae to quantized, that the rectifier wins back; None where nothing was lost or measured."""
+def recovered(rows: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Share of what quantization lost, from vae to quantized, that the rectifier recovers; None where nothing was lost or measured."""
     shares: dict[str, float | None] = {}
     for name in ("rfid", *IMAGE_METRICS):
         vae, quantized, rectified = (rows[row][name] for row in ("vae", "quantized", "rectified"))
@@ -120,21 +120,21 @@ def won_back(rows: Mapping[str, Mapping[str, float | None]]) -> dict[str, float 
     return shares
 
 
-def throughput(tally: Tally, context: Context) -> dict[str, Any]:
+def throughput(state: EvaluationState, context: Context) -> dict[str, Any]:
     """Images per second of images to tokens and of tokens to images, on one rank's device; the first batch, which warms up, is left out."""
-    rates = {f"{name}_images_per_s": tally.timed / seconds if seconds > 0 else None for name, seconds in tally.seconds.items()}
-    return {**rates, "images": tally.timed, "batch_size": context.settings["batch_size"], "device": _device_name(context.tokenizer.device)}
+    rates = {f"{name}_images_per_s": state.timed / seconds if seconds > 0 else None for name, seconds in state.seconds.items()}
+    return {**rates, "images": state.timed, "batch_size": context.settings["batch_size"], "device": _device_name(context.tokenizer.device)}
 
 
-def class_values(tally: Tally, source: ImageSource) -> dict[str, Any] | None:
+def class_values(state: EvaluationState, source: ImageSource) -> dict[str, Any] | None:
     """Mean scores of the rectified row by class, the worst and the best classes by PSNR; None where the images have no classes or one."""
-    names = [source.items[index].class_name for index in tally.index]
+    names = [source.items[index].class_name for index in state.index]
     members: dict[str, list[int]] = {}
     for position, name in enumerate(names):
         members.setdefault(name, []).append(position)
     if len(members) < 2:
         return None
-    columns = {metric: tally.column("rectified", metric) for metric in IMAGE_METRICS}
+    columns = {metric: state.column("rectified", metric) for metric in IMAGE_METRICS}
     classes: list[dict[str, Any]] = []
     for name, positions in members.items():
         means = {metric: _finite_or_none(float(values[positions].mean())) for metric, values in columns.items()}
@@ -144,14 +144,14 @@ def class_values(tally: Tally, source: ImageSource) -> dict[str, Any] | None:
     return {"count": len(classes), "worst": classes[:each], "best": classes[::-1][:each]}
 
 
-def image_table(tally: Tally, source: ImageSource) -> bytes:
+def image_table(state: EvaluationState, source: ImageSource) -> bytes:
     """images.parquet: a line for every image of the source that was asked for, with its scores or the reason why it has none."""
     lines: list[dict[str, Any]] = []
-    table = tally.table()
-    for position, index in enumerate(tally.index):
+    table = state.table()
+    for position, index in enumerate(state.index):
         scores = {name: _known(value) for name, value in zip(COLUMNS, table[position].tolist(), strict=True)}
-        lines.append({"row": index, "status": "ok", "reason": "", "sha256": tally.digests[position].hex(), **scores})
-    lines += [{"row": index, "status": "failed", "reason": reason, "sha256": "", **dict.fromkeys(COLUMNS)} for index, reason in tally.failed]
+        lines.append({"row": index, "status": "ok", "reason": "", "sha256": state.digests[position].hex(), **scores})
+    lines += [{"row": index, "status": "failed", "reason": reason, "sha256": "", **dict.fromkeys(COLUMNS)} for index, reason in state.failed]
     lines.sort(key=lambda line: line["row"])
     items = [source.items[line["row"]] for line in lines]
     columns: dict[str, Any] = {

@@ -31,7 +31,7 @@ COLUMNS = tuple(f"{row}.{name}" for row in ROWS for name in (*IMAGE_METRICS, *LA
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one batch adds to a tally."""
+    """What one batch adds to a state."""
 
     scores: dict[str, dict[str, Tensor]]
     """(B,) float64 by row and metric."""
@@ -46,7 +46,7 @@ class Measured:
 
 
 @dataclass(kw_only=True)
-class Tally:
+class EvaluationState:
     """One pass so far. Its size grows by about 250 bytes an image."""
 
     usage: CodebookUsage
@@ -73,7 +73,7 @@ class Tally:
     batches: int = 0
     """Batches of this rank that are done."""
     whole: bool = True
-    """False only while a batch is being taken in: such a tally must not be saved."""
+    """False only while a batch is being taken in: such a state must not be saved."""
 
     @property
     def images(self) -> int:
@@ -121,7 +121,7 @@ class Tally:
         self.round_trip = self.round_trip or measured.round_trip
 
     def merge_ranks(self) -> None:
-        """Make this rank's tally that of all ranks, images in the source's order."""
+        """Make this rank's state that of all ranks, images in the source's order."""
         order = ranks.gather((self.index, self.table(), self.digests, self.failed, self.enlarged, self.seconds, self.timed, self.round_trip))
         index = [i for part in order for i in part[0]]
         digests = [digest for part in order for digest in part[2]]
@@ -155,9 +155,9 @@ class Tally:
         self.failed = [tuple(entry) for entry in state["failed"]]
 
 
-def new_tally(*, tokens: int, codes: int, images: int, device: torch.device, rows: Sequence[str]) -> Tally:
+def new_state(*, tokens: int, codes: int, images: int, device: torch.device, rows: Sequence[str]) -> EvaluationState:
     """An empty one for so many images; `rows` are those whose Inception features are taken."""
-    return Tally(
+    return EvaluationState(
         usage=CodebookUsage(tokens, codes, device),
         moments={row: Moments(FEATURES, device) for row in rows},
         inception_scores={row: InceptionScore(CLASSES) for row in rows},
@@ -166,25 +166,25 @@ def new_tally(*, tokens: int, codes: int, images: int, device: torch.device, row
 
 
 def partial_path(out: Path) -> Path:
-    """Where this rank keeps its tally while the pass runs."""
+    """Where this rank keeps its state while the pass runs."""
     return out / f"partial-{ranks.rank()}-of-{ranks.world_size()}.pt"
 
 
-def save_partial(tally: Tally, out: Path, settings: Mapping[str, Any]) -> None:
-    """Write the tally, whole or not at all, with the settings that it depends on."""
+def save_partial(state: EvaluationState, out: Path, settings: Mapping[str, Any]) -> None:
+    """Write the state, whole or not at all, with the settings that it depends on."""
     buffer = io.BytesIO()
-    torch.save({"settings": dict(settings), "tally": tally.state_dict()}, buffer)
+    torch.save({"settings": dict(settings), "state": state.state_dict()}, buffer)
     write_bytes(partial_path(out), buffer.getvalue())
 
 
-def resume(make: Callable[[], Tally], out: Path, settings: Mapping[str, Any]) -> Tally:
-    """The tally that `save_partial` wrote with the same settings, or a new one by `make` where there is none that can be read."""
-    tally = make()
+def resume(make: Callable[[], EvaluationState], out: Path, settings: Mapping[str, Any]) -> EvaluationState:
+    """The state that `save_partial` wrote with the same settings, or a new one by `make` where there is none that can be read."""
+    state = make()
     try:
         saved = torch.load(partial_path(out), map_location="cpu", weights_only=True)
         if saved["settings"] == dict(settings):
-            tally.load_state_dict(saved["tally"])
-            return tally
+            state.load_state_dict(saved["state"])
+            return state
     except Exception:  # not there, or torn; torch and zipfile raise many kinds
         return make()
-    return tally
+    return state

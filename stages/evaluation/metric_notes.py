@@ -9,7 +9,7 @@ from ...cache.sources import ImageSource
 from ...models.tokenizer import ReVQTokenizer
 from .metrics import MEANINGFUL_FID_IMAGES, ROWS
 from .protocols import Protocol, other_crops
-from .tally import Tally
+from .state import EvaluationState
 from .tolerance import has_decoder_metric
 from .weights import FoundWeights
 
@@ -18,7 +18,7 @@ _SPLITS = 10
 
 def write_notes(
     metrics: Mapping[str, Any],
-    tally: Tally,
+    state: EvaluationState,
     weights: Mapping[str, FoundWeights],
     tokenizer: ReVQTokenizer,
     source: ImageSource,
@@ -30,7 +30,7 @@ def write_notes(
     for name in ("lpips_alex", "lpips_vgg"):
         if weights[name].path is not None and not weights[name].published:
             notes[name] = _other_weights(weights[name])
-    images, codes = tally.images, tokenizer.codes
+    images, codes = state.images, tokenizer.codes
     equal = [row for row in ROWS if metrics["rows"][row]["psnr_db"] is None]
     if equal:
         notes["psnr_db"] = f"{', '.join(equal)}: identical images: PSNR is infinite"
@@ -47,16 +47,16 @@ def write_notes(
     crops = other_crops(protocol, tokenizer.config)
     if crops:
         notes["crops"] = crops
-    if tally.enlarged:
-        notes["enlarged"] = f"{tally.enlarged} of {images} images are smaller than {tokenizer.image_size} px and were enlarged by the crop"
+    if state.enlarged:
+        notes["enlarged"] = f"{state.enlarged} of {images} images are smaller than {tokenizer.image_size} px and were enlarged by the crop"
     if metrics["tolerance"] is not None and not has_decoder_metric(tokenizer):
         notes["tolerance"] = f"no curve in the decoder's metric: the transform {tokenizer.config.get('transform')} does not weigh positions"
-    if tally.round_trip and tally.round_trip["largest_difference"]:
-        notes["round_trip"] = f"stored tokens decode to pictures that differ by up to {tally.round_trip['largest_difference']} of 255 levels"
+    if state.round_trip and state.round_trip["largest_difference"]:
+        notes["round_trip"] = f"stored tokens decode to pictures that differ by up to {state.round_trip['largest_difference']} of 255 levels"
     if source.skipped:
         notes["skipped"] = f"{len(source.skipped)} entries of the source are passed over: {source.skipped}"
-    if tally.failed:
-        notes["failed"] = [{"key": source.items[index].key, "reason": reason} for index, reason in tally.failed]
+    if state.failed:
+        notes["failed"] = [{"key": source.items[index].key, "reason": reason} for index, reason in state.failed]
     return notes
 
 
