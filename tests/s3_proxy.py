@@ -49,12 +49,6 @@ class Proxy:
         finally:
             connection.close()
 
-    def later(self, request: Request, seconds: float) -> threading.Timer:
-        """Forward a request after so long, whatever the client was told."""
-        timer = threading.Timer(seconds, self.forward, [request])
-        timer.start()
-        return timer
-
 
 @contextmanager
 def running_proxy(server: str) -> Iterator[Proxy]:

@@ -58,6 +58,18 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(lease, name, seconds)
 
 
+def keeping_renewals(proxy: Proxy, kept: list[Request]) -> Callable[[Request], Answer]:
+    """A rule that refuses the renewals of a lease and keeps them, so that a test can have them arrive when it likes."""
+
+    def rule(request: Request) -> Answer:
+        if not request.puts_lease:
+            return proxy.forward(request)
+        kept.append(request)
+        return FORBIDDEN
+
+    return rule
+
+
 def through(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> RemoteFolder:
     """The folder of the tests, reached by that way."""
     import s3fs
@@ -217,22 +229,15 @@ def test_a_lease_that_was_removed_by_hand_stops_its_holder(bucket: str, monkeypa
 @pytest.mark.usefixtures("brief")
 def test_a_renewal_that_arrives_after_another_has_taken_the_lease_changes_nothing(proxies: list[Proxy], monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (through(proxy, monkeypatch) for proxy in proxies)
-    late = []
-
-    def answer_at_once_and_forward_later(request: Request) -> Answer:
-        if not request.puts_lease:
-            return proxies[0].forward(request)
-        late.append(proxies[0].later(request, 0.8))
-        return FORBIDDEN
-
+    late: list[Request] = []
     with first.locked("first"):
-        proxies[0].rule = answer_at_once_and_forward_later
+        proxies[0].rule = keeping_renewals(proxies[0], late)
         time.sleep(0.9)
         with pytest.raises(OutputError, match="cannot be reached"):
             first.write("a", b"1")
         time.sleep(0.2)
         with second.locked("second"):
-            late[0].join()
+            proxies[0].forward(late[0])
             assert b'"second"' in (second.read("writer.lock") or b"")
             with pytest.raises(HeldError, match=r"\(second\)"):
                 first.write("a", b"1")
@@ -240,20 +245,14 @@ def test_a_renewal_that_arrives_after_another_has_taken_the_lease_changes_nothin
 
 @pytest.mark.usefixtures("brief")
 def test_a_renewal_that_seemed_to_fail_and_arrived_after_all_is_the_holders_own(proxies: list[Proxy], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, late = through(proxies[0], monkeypatch), []
-
-    def answer_at_once_and_forward_later(request: Request) -> Answer:
-        if not request.puts_lease:
-            return proxies[0].forward(request)
-        late.append(proxies[0].later(request, 0.1))
-        return FORBIDDEN
-
+    folder = through(proxies[0], monkeypatch)
+    late: list[Request] = []
     with folder.locked("mine"):
-        proxies[0].rule = answer_at_once_and_forward_later
+        proxies[0].rule = keeping_renewals(proxies[0], late)
         time.sleep(0.9)
         with pytest.raises(OutputError, match="cannot be reached"):
             folder.write("a", b"1")
-        late[0].join()
+        proxies[0].forward(late[0])
         proxies[0].rule = proxies[0].forward
         folder.write("a", b"1")
 
