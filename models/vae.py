@@ -5,23 +5,21 @@ Shapes: B batch, C,H,W latent channels, rows, columns, S image side in pixels.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import sys
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import MismatchError, VAEError, VAENotFoundError, one_line
-from ..files import sha256_file, sha256_json
+from ..errors import MismatchError, VAEError, VAENotFoundError
+from ..files import sha256_json
 from .frozen import FrozenModule
+from .plugin import make_from_file
 from .vae_files import EMBEDDED_VAE, VAEFiles, load_network, open_folder, open_repository
 from .vae_probe import read_latents, read_pictures, round_trip_shape
+from .weight_keys import weights_sha256
 
 _WITHOUT_GRADIENTS = "without them there is --transform pca or standardize, and neither --decoder-steps nor --refine"
 
@@ -49,7 +47,7 @@ class FrozenVAE(FrozenModule):
         self.revision = revision
         self.class_name = type(network).__name__
         self.config_sha256 = config_sha256
-        self.weights_sha256 = _weights_sha256(self.network)
+        self.weights_sha256 = weights_sha256(self.network.state_dict())
         self.settle()
 
     @classmethod
@@ -156,46 +154,12 @@ class FrozenVAE(FrozenModule):
         return round_trip_shape(self, image_size)
 
 
-def _weights_sha256(network: nn.Module) -> str:
-    """Hash over names, shapes and float32 values, so that a copy in another file format is the same VAE."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
-
-
 def _load_plugin(spec: str) -> FrozenVAE:
     """`FILE.py:FACTORY`: run the file, call the factory."""
-    file_name, _, factory_name = spec.rpartition(":")
-    path = Path(file_name).expanduser()
-    if not path.is_file():
-        raise VAENotFoundError(f"VAE plug-in {path} does not exist; --vae takes FILE.py:FACTORY")
-    digest = sha256_file(path)
-    try:
-        network = getattr(_plugin_module(path, digest), factory_name)()
-    except (Exception, SystemExit) as error:  # the plug-in is the user's code: whatever it raises is told, not shown as ours
-        raise VAEError(f"VAE plug-in {spec} failed with {type(error).__name__}: {one_line(error)}") from error
+    network, path, digest = make_from_file(spec, what="VAE plug-in", option="--vae", error=VAEError, missing=VAENotFoundError)
     if not (isinstance(network, nn.Module) and callable(getattr(network, "encode", None)) and callable(getattr(network, "decode", None))):
         raise VAEError(f"VAE plug-in {spec} must return a torch.nn.Module with encode and decode, not {type(network).__name__}")
-    return FrozenVAE(network, vae_id=f"{path.resolve()}:{factory_name}", revision=None, config_sha256=digest)
-
-
-def _plugin_module(path: Path, digest: str) -> ModuleType:
-    """The plug-in's file as a module, run once for each content: two loads give instances of one class, which can be pickled."""
-    name = f"revq_vae_plugin_{path.stem}_{digest[:16]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return FrozenVAE(network, vae_id=f"{path.resolve()}:{spec.rpartition(':')[2]}", revision=None, config_sha256=digest)
 
 
 def _load_files(spec: str, revision: str | None) -> FrozenVAE:

@@ -5,8 +5,11 @@ A loader that goes on without a tensor makes its values up, other ones each time
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 _NAMED = 3
 # How many batches a BatchNorm has seen: no evaluation uses it, and files older than PyTorch 0.4.1 do not have it.
@@ -20,6 +23,15 @@ def compare_weights(expected: Mapping[str, Any], found: Mapping[str, Any]) -> st
     return explain_weights(
         missing=expected.keys() - both, unexpected=found.keys() - both, mismatched=[shape for shape in shapes if shape[1] != shape[2]]
     )
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hash over names, shapes and float32 values, so that a copy in another file format is the same network."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def explain_weights(*, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[Sequence[Any]]) -> str:

@@ -222,6 +222,10 @@ class EvaluateConfig(StageConfig):
     """How images are cropped and compared."""
     inception_weights: Annotated[str | None, Setting(panel="Method", none="download")] = None
     """Inception file for rFID: torch-fidelity's checkpoint."""
+    features: Annotated[str | None, Setting(panel="Method", none="rFID's alone")] = None
+    """One more network to judge by: efficientnet-lite0, or FILE.py:FACTORY.
+    An object with features(images uint8 (B,3,H,W)) -> (B,F) and, optional, logits(features) -> (B,L). Its class name in lower case is NAME, and the
+    metrics fd_NAME, kid_NAME and, with logits, agreement_NAME: the share of images whose first class is that of the original."""
     download: Annotated[bool, Setting(panel="Method")] = True
     """Never try the network for metric weights."""
     tolerance_images: Annotated[int | None, Setting(panel="Method", at_least=1, none="up to 128, in no more time than all else takes")] = None

@@ -15,11 +15,13 @@ Shapes: B batch, N images, S image side in pixels, T tokens per image (= codeboo
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import Tensor
 
 from ..cache.sources import ImageSource, open_source, order_sha256
 from ..errors import ImageError, TokenizerNotFoundError
@@ -28,9 +30,12 @@ from ..models.device import pick_device
 from ..models.tokenizer import ReVQTokenizer
 from . import ranks
 from .configs import EvaluateConfig
+from .evaluation.feature_sets import FeatureSets
+from .evaluation.features import FeatureCache, FeatureNetwork, OtherFeatures, cache_folder
+from .evaluation.inception import CLASSES, FEATURES, Inception
 from .evaluation.loader import Batch, Loader
 from .evaluation.metrics import ROWS, score_images
-from .evaluation.networks import FeatureCache, Inception, Lpips, cache_folder
+from .evaluation.networks import Lpips
 from .evaluation.outputs import EVALUATION_KIND, METRICS_NAME, finished_metrics, write_evaluation
 from .evaluation.protocols import PROTOCOLS
 from .evaluation.reconstruct import check_round_trip, reconstruct
@@ -55,8 +60,10 @@ class _Inputs:
     count: int
     loader: Loader
     weights: dict[str, FoundWeights]
-    cache: FeatureCache | None
-    """None: the originals' features are not kept."""
+    other: OtherFeatures | None
+    """The network of `--features`."""
+    caches: dict[str, FeatureCache]
+    """By network, of the originals' features; none where they are not kept."""
 
 
 def evaluate(config: EvaluateConfig) -> Iterator[Event]:
@@ -111,7 +118,9 @@ def _open(config: EvaluateConfig) -> Generator[Event, None, _Inputs]:
     weights = yield from find_metric_weights(
         inception=config.inception_weights, download=config.download, image_size=tokenizer.image_size, count=count
     )
-    folder, sha256 = cache_folder(config.cache), weights["rfid"].sha256
+    other = OtherFeatures(config.features, device) if config.features else None
+    folder = cache_folder(config.cache)
+    networks = {Inception.name: weights["rfid"].sha256} | ({other.name: other.sha256} if other else {})
     return _Inputs(
         config=config,
         tokenizer=tokenizer,
@@ -119,7 +128,8 @@ def _open(config: EvaluateConfig) -> Generator[Event, None, _Inputs]:
         count=count,
         loader=Loader(source=source, image_size=tokenizer.image_size, crop=config.protocol, batch_size=config.batch_size, workers=config.workers),
         weights=weights,
-        cache=FeatureCache(folder, sha256) if folder and sha256 else None,
+        other=other,
+        caches={name: FeatureCache(folder, sha256) for name, sha256 in networks.items() if folder and sha256},
     )
 
 
@@ -128,14 +138,20 @@ def _load_instruments(inputs: _Inputs) -> Instruments:
     # VGG takes a gigabyte while its file is read, more than all the rest: so it comes first.
     trunks: dict[str, Literal["alex", "vgg"]] = {"lpips_vgg": "vgg", "lpips_alex": "alex"}
     lpips = {name: Lpips(trunk, path, device) for name, trunk in trunks.items() if (path := paths[name])}
-    return Instruments(inception=Inception(paths["rfid"], device) if paths["rfid"] else None, lpips=lpips)
+    return Instruments(inception=Inception(paths["rfid"], device) if paths["rfid"] else None, lpips=lpips, other=inputs.other)
+
+
+def _feature_networks(instruments: Instruments) -> dict[str, FeatureNetwork]:
+    """What measures features, by name."""
+    return {network.name: network for network in (instruments.inception, instruments.other) if network is not None}
 
 
 def _measure_all(inputs: _Inputs, instruments: Instruments, kept_in: Path | None) -> Generator[Event, None, EvaluationState]:
     """One pass over this rank's images, kept in the folder `kept_in` while it runs; None keeps nothing."""
     tokenizer, world = inputs.tokenizer, ranks.world_size()
-    taken = [row for row in ROWS if row != "rectified" or tokenizer.rectifier is not None] if instruments.inception else []
-    make = partial(new_state, tokens=tokenizer.tokens, codes=tokenizer.codes, images=inputs.count, device=tokenizer.device, rows=taken)
+    make = partial(
+        new_state, tokens=tokenizer.tokens, codes=tokenizer.codes, images=inputs.count, device=tokenizer.device, sets=_sets(inputs, instruments)
+    )
     settings = _partial_settings(inputs)
     state = resume(make, kept_in, settings) if kept_in else make()
     total = inputs.loader.share(inputs.count, rank=ranks.rank(), ranks=world)
@@ -155,22 +171,40 @@ def _measure_all(inputs: _Inputs, instruments: Instruments, kept_in: Path | None
     return state
 
 
+def _sets(inputs: _Inputs, instruments: Instruments) -> dict[str, Callable[[], FeatureSets]]:
+    """What makes the sums of each network's features."""
+    common: dict[str, Any] = {"rows": _measured_rows(inputs.tokenizer), "images": inputs.count, "device": inputs.tokenizer.device}
+    sizes: dict[str, tuple[int, int | None]] = {}
+    if instruments.inception:
+        sizes[instruments.inception.name] = (FEATURES, CLASSES if instruments.inception.has_logits else None)
+    if instruments.other:
+        sizes[instruments.other.name] = (instruments.other.size, instruments.other.classes)
+    return {name: partial(FeatureSets, features=features, classes=classes, **common) for name, (features, classes) in sizes.items()}
+
+
+def _measured_rows(tokenizer: ReVQTokenizer) -> list[str]:
+    """The rows whose features are taken: without a rectifier the last is another's copy."""
+    return [row for row in ROWS if row != "rectified" or tokenizer.rectifier is not None]
+
+
 def _measure(inputs: _Inputs, instruments: Instruments, batch: Batch) -> Measured:
     """Decode one batch every way and score it."""
-    tokenizer, inception = inputs.tokenizer, instruments.inception
+    tokenizer = inputs.tokenizer
     originals = batch.pixels().to(tokenizer.device)
     done = reconstruct(tokenizer, originals, [inputs.source.items[crop.index].key for crop in batch.crops], **_way(inputs))
     scores = score_images(done.rows, originals, instruments.lpips)
     for row, errors in done.latent_errors.items():
         scores[row] |= errors
-    features, logits = {}, {}
-    if inception:
-        rows = [row for row in ROWS if row != "rectified" or tokenizer.rectifier is not None]
-        digests = [crop.digest for crop in batch.crops]
-        for row in rows:
-            cached = inputs.cache is not None and row == "original"
-            features[row] = inputs.cache.features(inception, originals, digests) if cached else inception.features(done.rows[row])  # type: ignore[union-attr]
-            logits[row] = inception.logits(features[row])
+    features: dict[str, dict[str, Tensor]] = {}
+    logits: dict[str, dict[str, Tensor]] = {}
+    digests = [crop.digest for crop in batch.crops]
+    for name, network in _feature_networks(instruments).items():
+        features[name], logits[name] = {}, {}
+        for row in _measured_rows(tokenizer):
+            cache = inputs.caches.get(name) if row == "original" else None
+            features[name][row] = cache.features(network, originals, digests) if cache else network.features(done.rows[row])
+            if network.has_logits:
+                logits[name][row] = network.logits(features[name][row])
     few = slice(0, _ROUND_TRIP_IMAGES)
     round_trip = check_round_trip(tokenizer, originals[few], done.indices[few], **_way(inputs)) if batch.number == 0 else None
     return Measured(scores=scores, indices=done.indices, features=features, logits=logits, seconds=done.seconds, round_trip=round_trip)
@@ -207,7 +241,8 @@ def _context(inputs: _Inputs) -> Context:
         weights=inputs.weights,
         settings={"seed": config.seed, "precision": config.precision, "batch_size": config.batch_size, "refine_steps": config.refine},
         tokenizer_name=config.tokenizer,
-        reused_features=sum(ranks.gather(inputs.cache.reused if inputs.cache else 0)),
+        features={"network": config.features, "name": inputs.other.name, "sha256": inputs.other.sha256} if inputs.other else None,
+        reused_features=sum(ranks.gather(inputs.caches[Inception.name].reused if Inception.name in inputs.caches else 0)),
     )
 
 
@@ -242,6 +277,7 @@ def _identity(inputs: _Inputs) -> dict[str, Any]:
         "image_size": tokenizer.image_size,
         "precision": config.precision,
         "refine": config.refine,
+        "features": inputs.other.sha256 if inputs.other else None,
         "tolerance_images": config.tolerance_images if config.tolerance else 0,
         "seed": config.seed,
     }

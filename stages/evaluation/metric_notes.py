@@ -7,6 +7,7 @@ from typing import Any
 
 from ...cache.sources import ImageSource
 from ...models.tokenizer import ReVQTokenizer
+from .inception import Inception
 from .metrics import MEANINGFUL_FID_IMAGES, ROWS
 from .protocols import Protocol, other_crops
 from .state import EvaluationState
@@ -26,7 +27,7 @@ def write_notes(
 ) -> dict[str, Any]:
     """Notes by the name of the metric that they are about."""
     notes: dict[str, Any] = {name: found.reason for name, found in weights.items() if found.reason}
-    notes |= _about_inception(metrics, weights["rfid"])
+    notes |= _about_inception(metrics, weights["rfid"], has_last_layer=Inception.name in state.sets and bool(state.sets[Inception.name].scores))
     for name in ("lpips_alex", "lpips_vgg"):
         if weights[name].path is not None and not weights[name].published:
             notes[name] = _other_weights(weights[name])
@@ -60,25 +61,29 @@ def write_notes(
     return notes
 
 
-def _about_inception(metrics: Mapping[str, Any], weights: FoundWeights) -> dict[str, str]:
-    """What the Frechet distance and the inception score of this evaluation can be compared to."""
+def _about_inception(metrics: Mapping[str, Any], weights: FoundWeights, *, has_last_layer: bool) -> dict[str, str]:
+    """What the distances and the inception score of this evaluation can be compared to."""
     if weights.path is None:
-        return {"inception_score": "needs the same weights as rfid"}
+        return dict.fromkeys(("kid", "inception_score"), "needs the same weights as rfid")
     images = metrics["images"]
     notes = {}
     if images < 2:
         notes["rfid"] = f"the Frechet distance needs at least 2 images, and {images} could be read"
+        notes["kid"] = f"the kernel distance needs at least 2 images, and {images} could be read"
     elif images < MEANINGFUL_FID_IMAGES:
         notes["rfid"] = (
             f"over {images} images, fewer than the {MEANINGFUL_FID_IMAGES} features: not meaningful, and not comparable to published numbers"
         )
+        notes["kid"] = f"unbiased over {images} images, but uncertain by its standard error: compare it over the same images alone"
     elif metrics["rfid_label"] != "rFID":
         notes["rfid"] = "not comparable to published numbers, which are over the 50,000 images of ImageNet val with the published weights"
-    if metrics["rows"]["original"]["inception_score"] is None:
+    if not has_last_layer:
+        notes["inception_score"] = f"needs the last layer of the network, which {weights.path.name} leaves out"
+    elif metrics["rows"]["original"]["inception_score"] is None:
         notes["inception_score"] = f"needs a readable image in each of its {_SPLITS} splits, and {images} images could be read"
     if not weights.published:
         other = _other_weights(weights)
-        notes = {name: f"{notes[name]}; {other}" if name in notes else other for name in ("rfid", "inception_score")}
+        notes = {name: f"{notes[name]}; {other}" if name in notes else other for name in ("rfid", "kid", "inception_score")}
     return notes
 
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ...models.quantizer import code_counts, perplexity, usage
-from .networks import FEATURES, Lpips, images_at_once
+from .inception import FEATURES
+from .networks import Lpips, images_at_once
 
 ROWS = ("original", "vae", "quantized", "rectified")
 IMAGE_METRICS = ("psnr_db", "ssim", "lpips_alex", "lpips_vgg")
-SET_METRICS = ("rfid", "inception_score")
-METRICS = ("rfid", *IMAGE_METRICS, "inception_score")
+METRICS = ("rfid", "kid", "kid_standard_error", "lpips_alex", "lpips_vgg", "psnr_db", "ssim", "inception_score")
+"""Of every row; `--features` adds more."""
 # Under as many images as features the covariance is singular and the distance mostly measures the number of images.
 MEANINGFUL_FID_IMAGES = FEATURES
 _WINDOW_PX, _WINDOW_SIGMA = 11, 1.5

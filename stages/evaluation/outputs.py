@@ -99,10 +99,11 @@ def finished_metrics(out: Path, weights: dict[str, FoundWeights]) -> dict[str, A
     if metrics is None or not (out / GRID_NAME).is_file():
         return None
     for name, found in weights.items():
-        before = metrics["protocol"]["weights"][name]["sha256"]
+        there = metrics["protocol"]["weights"][name]
+        before = there["sha256"]
         if found.sha256 and before is None:
             return None
-        if found.sha256 and found.sha256 != before:
+        if found.sha256 and found.sha256 != before and not (found.published and there["published"]):  # one network in two formats
             raise OutputError(
                 f"{out} holds this evaluation with other weights for {name} (SHA-256 {before[:8]} there, {found.sha256[:8]} now); "
                 "choose another folder or pass --overwrite"

@@ -36,6 +36,8 @@ class Protocol:
     real_statistics: str = "of the same crops, through the same network in the same pass; sample covariance (N-1)"
     inception_network: str = "torch-fidelity inception-v3-compat: 2048 pooled features, TensorFlow-1 bilinear resize to 299 px without antialias"
     inception_weights: str = "weights-inception-2015-12-05-6726825d.pth"
+    kid: str = "unbiased over all pairs, cubic kernel (x.y/2048 + 1)^3, not scaled; above 5000 images the mean over 10 disjoint subsets of 1000"
+    kid_standard_error: str = "jackknife over the images; over subsets, their standard deviation by the root of their number"
     feature_precision: str = "float32 network (no TF32), float64 moments"
     inception_score: str = "exp of the mean KL divergence of the 1008 unbiased logits, 10 splits shuffled with seed 2020"
     psnr_db: str = "RGB in [0,1], each image, then the mean"

@@ -9,7 +9,7 @@ Shapes: N images so far, R rows, M image metrics, T tokens per image (= codebook
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ from torch import Tensor
 
 from ...files import write_bytes
 from .. import ranks
-from .frechet import InceptionScore, Moments, split_of_images
+from .feature_sets import FeatureSets
 from .loader import Batch
 from .metrics import IMAGE_METRICS, ROWS, CodebookUsage
-from .networks import CLASSES, FEATURES
 
 LATENT_METRICS = ("latent_mse", "decoder_mse")
 # decoder_mse is the mean squared error of the coordinates: in the decoder's metric with its transform, and equal to latent_mse with the others.
@@ -37,24 +36,23 @@ class Measured:
     """(B,) float64 by row and metric."""
     indices: Tensor
     """(B,T) int64."""
-    features: dict[str, Tensor]
-    """(B,2048) by row; empty without an Inception network."""
-    logits: dict[str, Tensor]
-    """(B,1008) by row."""
+    features: dict[str, dict[str, Tensor]]
+    """(B,F) by network and row."""
+    logits: dict[str, dict[str, Tensor]]
+    """(B,L) by network and row; without rows where the network has none."""
     seconds: dict[str, float]
     round_trip: dict[str, int] | None
 
 
 @dataclass(kw_only=True)
 class EvaluationState:
-    """One pass so far. Its size grows by about 250 bytes an image."""
+    """One pass so far. Its size grows by about 250 bytes an image, and by the features of the first thousands (`kernel.kid_subsets`)."""
 
     usage: CodebookUsage
-    moments: dict[str, Moments]
-    """By row; empty where there is no Inception network."""
-    inception_scores: dict[str, InceptionScore]
-    splits: Tensor
-    """(images in all,) the split of the inception score that each image belongs to."""
+    sets: dict[str, FeatureSets]
+    """By the network's name."""
+    listed: int
+    """Images in all, those that cannot be read among them."""
     index: list[int] = field(default_factory=list)
     """Position in the source of every image that was measured."""
     scores: list[Tensor] = field(default_factory=list)
@@ -111,9 +109,8 @@ class EvaluationState:
         self.digests += [crop.digest for crop in batch.crops]
         self.enlarged += sum(crop.enlarged for crop in batch.crops)
         self.usage.update(measured.indices)
-        for row, features in measured.features.items():
-            self.moments[row].add(features)
-            self.inception_scores[row].add(measured.logits[row], self.splits[index])
+        for name, each in self.sets.items():
+            each.add(measured.features[name], measured.logits[name], index)
         if self.batches > 0 or self.timed == 0:  # the first batch warms up, and is counted only while there is no other
             fresh = self.batches == 1
             self.seconds = {name: measured.seconds[name] + (0.0 if fresh else value) for name, value in self.seconds.items()}
@@ -133,21 +130,19 @@ class EvaluationState:
         self.seconds = {name: sum(part[5][name] for part in order) for name in self.seconds}
         self.round_trip = next((part[7] for part in order if part[7] is not None), None)
         ranks.sum_tensors(self.usage.counts)
-        for row in self.moments:
-            self.moments[row].all_reduce()
-            self.inception_scores[row].all_reduce()
+        for each in self.sets.values():
+            each.merge_ranks()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and plain values."""
         plain = ("index", "digests", "enlarged", "failed", "seconds", "timed", "round_trip", "batches")
-        sums = {name: {row: part.state_dict() for row, part in getattr(self, name).items()} for name in ("moments", "inception_scores")}
-        return {**{name: getattr(self, name) for name in plain}, "table": self.table(), "counts": self.usage.counts, **sums}
+        sets = {name: each.state_dict() for name, each in self.sets.items()}
+        return {**{name: getattr(self, name) for name in plain}, "table": self.table(), "counts": self.usage.counts, "sets": sets}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
-        for name in ("moments", "inception_scores"):
-            for row, part in getattr(self, name).items():
-                part.load_state_dict(state[name][row])
+        for name, each in self.sets.items():
+            each.load_state_dict(state["sets"][name])
         self.usage.counts.copy_(state["counts"])
         self.scores = [state["table"]]
         for name in ("index", "digests", "enlarged", "seconds", "timed", "round_trip", "batches"):
@@ -155,14 +150,9 @@ class EvaluationState:
         self.failed = [tuple(entry) for entry in state["failed"]]
 
 
-def new_state(*, tokens: int, codes: int, images: int, device: torch.device, rows: Sequence[str]) -> EvaluationState:
-    """An empty one for so many images; `rows` are those whose Inception features are taken."""
-    return EvaluationState(
-        usage=CodebookUsage(tokens, codes, device),
-        moments={row: Moments(FEATURES, device) for row in rows},
-        inception_scores={row: InceptionScore(CLASSES) for row in rows},
-        splits=split_of_images(images),
-    )
+def new_state(*, tokens: int, codes: int, images: int, device: torch.device, sets: Mapping[str, Callable[[], FeatureSets]]) -> EvaluationState:
+    """An empty one for so many images; `sets` makes the sums of each network's features."""
+    return EvaluationState(usage=CodebookUsage(tokens, codes, device), listed=images, sets={name: make() for name, make in sets.items()})
 
 
 def partial_path(out: Path) -> Path:

@@ -21,7 +21,8 @@ import torch
 from ...cache.sources import ImageSource
 from ...models.tokenizer import ReVQTokenizer
 from .. import ranks
-from .frechet import Gaussian, frechet_distance
+from .feature_sets import SetMetrics
+from .inception import Inception
 from .metric_notes import write_notes
 from .metrics import IMAGE_METRICS, METRICS, ROWS, spread
 from .networks import precision_flags
@@ -29,8 +30,9 @@ from .protocols import Protocol, is_imagenet_val, rfid_label
 from .state import COLUMNS, LATENT_METRICS, EvaluationState
 from .weights import FoundWeights
 
+INCEPTION = Inception.name
 _CLASSES_SHOWN = 10
-_LOWER_IS_BETTER = {"rfid", "lpips_alex", "lpips_vgg"}
+_LOWER_IS_BETTER = ("rfid", "kid", "lpips_alex", "lpips_vgg", "fd_", "kid_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class Context:
     settings: Mapping[str, Any]
     """Choices of this run that are recorded as they are: seed, precision, batch size."""
     tokenizer_name: str
+    features: Mapping[str, Any] | None
+    """The network of `--features`: as it was given, its name and fingerprint; None where there is none."""
     reused_features: int
     """Originals whose Inception features came from the cache."""
 
@@ -68,7 +72,7 @@ def summarize(state: EvaluationState, context: Context, *, tolerance: dict[str, 
         "latent_error": {row: {name: float(state.column(row, name).mean()) for name in LATENT_METRICS} for row in ("quantized", "rectified")},
         "dataset": {
             "imagenet_val": imagenet_val,
-            "listed": len(state.splits),
+            "listed": state.listed,
             "unreadable": len(state.failed),
             "enlarged": state.enlarged,
             "skipped": source.skipped.counts(),
@@ -91,31 +95,36 @@ def summarize(state: EvaluationState, context: Context, *, tolerance: dict[str, 
 
 def row_values(state: EvaluationState, *, has_rectifier: bool) -> dict[str, dict[str, float | None]]:
     """Every metric of every row; None for one that was left out, that needs more images, or that is infinite (PSNR of equal images)."""
-    enough = state.images > 1
-    gaussians: dict[str, Gaussian] = {row: moments.gaussian() for row, moments in state.moments.items()} if enough else {}
+    sets = {name: each.metrics() for name, each in state.sets.items()}
+    nothing = SetMetrics(frechet=None, kid=None, kid_standard_error=None, score=None, agreement=None)
     values: dict[str, dict[str, float | None]] = {}
     for row in ROWS:
         same = "quantized" if row == "rectified" and not has_rectifier else row
-        means = {name: _finite_or_none(float(state.column(row, name).mean())) for name in IMAGE_METRICS}
-        sets = {
-            "rfid": frechet_distance(gaussians["original"], gaussians[same]) if gaussians else None,
-            "inception_score": state.inception_scores[same].compute() if state.inception_scores else None,
-        }
-        found = {**means, **sets}
+        found = {name: _finite_or_none(float(state.column(row, name).mean())) for name in IMAGE_METRICS}
+        inception = sets[INCEPTION][same] if INCEPTION in sets else nothing
+        found |= {"rfid": inception.frechet, "kid": inception.kid, "kid_standard_error": inception.kid_standard_error}
+        found["inception_score"] = inception.score
         values[row] = {name: found[name] for name in METRICS}
+        for name, each in sets.items():
+            if name != INCEPTION:
+                other = {f"fd_{name}": each[same].frechet, f"kid_{name}": each[same].kid, f"kid_{name}_standard_error": each[same].kid_standard_error}
+                values[row] |= other | ({f"agreement_{name}": each[same].agreement} if each[same].agreement is not None else {})
     return values
 
 
 def recovered(rows: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
     """Share of what quantization lost, from vae to quantized, that the rectifier recovers; None where nothing was lost or measured."""
     shares: dict[str, float | None] = {}
-    for name in ("rfid", *IMAGE_METRICS):
+    for name in rows["vae"]:
+        if name.endswith("_standard_error") or name == "inception_score":
+            continue
         vae, quantized, rectified = (rows[row][name] for row in ("vae", "quantized", "rectified"))
         if vae is None or quantized is None or rectified is None:
             shares[name] = None
             continue
-        lost = quantized - vae if name in _LOWER_IS_BETTER else vae - quantized
-        won = quantized - rectified if name in _LOWER_IS_BETTER else rectified - quantized
+        lower = name.startswith(_LOWER_IS_BETTER)
+        lost = quantized - vae if lower else vae - quantized
+        won = quantized - rectified if lower else rectified - quantized
         shares[name] = won / lost if lost > 0 else None
     return shares
 
@@ -179,6 +188,7 @@ def describe_protocol(context: Context) -> dict[str, Any]:
         **context.protocol.describe(),
         "image_size": context.tokenizer.image_size,
         "weights": weights,
+        "features": context.features,
         **context.settings,
         "vae_precision": f"encoder fp32, decoder {context.settings['precision']}",
         "flags": precision_flags(),

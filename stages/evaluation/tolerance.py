@@ -23,10 +23,12 @@ from torch import Tensor
 from ...models.tokenizer import ReVQTokenizer
 from .. import ranks
 from ..events import Advance, Begin, Event
+from .features import OtherFeatures
 from .frechet import frechet_distance, gaussian_of
+from .inception import Inception
 from .loader import Batch, Loader
 from .metrics import score_images
-from .networks import Inception, Lpips
+from .networks import Lpips
 from .reconstruct import decode_to_uint8, reconstruct
 
 LEVELS = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
@@ -46,6 +48,8 @@ class Instruments:
 
     inception: Inception | None
     lpips: Mapping[str, Lpips]
+    other: OtherFeatures | None = None
+    """The network of `--features`."""
 
 
 @dataclass

@@ -1,4 +1,6 @@
-"""Finding the pre-trained weights that rFID and LPIPS need: a path, the torch hub cache, or a download; never a random network.
+"""Finding the pre-trained weights that rFID, KID and LPIPS need: a path, the torch hub cache, or a download; never a random network.
+
+The cache may hold the published file, or what `revq weights` made of a package of the Python package index: the same tensors.
 
 Where they cannot be had, the answer says why and which command mends it, and the evaluation goes on without that metric.
 """
@@ -15,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
-from ...errors import ConfigNotFoundError, OutputError, one_line
+from ...errors import ConfigError, ConfigNotFoundError, OutputError, one_line
 from ...files import replacing, sha256_file
+from ...models.weight_keys import weights_sha256
 from .. import ranks
 from ..events import Event, Note
+from .packaged_weights import PACKAGED
 
 LPIPS_SMALLEST_SIDE = 32  # the trunks' last pooling needs at least this side
 DOWNLOAD_TIMEOUT_S = 15.0
@@ -33,6 +38,8 @@ class WeightFile:
     title: str
     """What it is, in the user's words."""
     url: str
+    packaged: str
+    """The same network in `PACKAGED`."""
     option: str | None = None
     """Command-line option that takes a path to it; None where there is none."""
 
@@ -50,16 +57,26 @@ class WeightFile:
     @property
     def cache_path(self) -> Path:
         """Where torch.hub keeps it: $TORCH_HOME/hub/checkpoints."""
-        return Path(torch.hub.get_dir()) / "checkpoints" / self.file_name
+        return weights_folder() / self.file_name
+
+    def cached(self) -> Path | None:
+        """The file in the cache, published or packaged; None where there is neither."""
+        return next((path for path in (self.cache_path, weights_folder() / PACKAGED[self.packaged].file_name) if path.is_file()), None)
+
+
+def weights_folder() -> Path:
+    """The torch hub cache."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 INCEPTION = WeightFile(
     title="the Inception network of rFID",
     url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    packaged="inception-2015-12-05",
     option="--inception-weights",
 )
-ALEXNET = WeightFile(title="the AlexNet trunk of LPIPS", url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth")
-VGG16 = WeightFile(title="the VGG16 trunk of LPIPS", url="https://download.pytorch.org/models/vgg16-397923af.pth")
+ALEXNET = WeightFile(title="the AlexNet trunk of LPIPS", url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", packaged="lpips-alexnet")
+VGG16 = WeightFile(title="the VGG16 trunk of LPIPS", url="https://download.pytorch.org/models/vgg16-397923af.pth", packaged="lpips-vgg16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +87,7 @@ class FoundWeights:
     sha256: str | None
     """SHA-256 of the file; None where there is none."""
     published: bool
-    """True where the hash is the one that the published file has."""
+    """True for the published file, by its hash, and for a file of the same tensors, by theirs."""
     reason: str | None = None
     """Why there is none and what to do; None where there is one."""
 
@@ -88,24 +105,47 @@ def find_weights(weights: WeightFile, *, path: str | None = None, download: bool
     """
     if path is not None and not Path(path).expanduser().is_file():
         raise ConfigNotFoundError(f"{weights.title}: no weights at {path}; give the path of {weights.file_name} (from {weights.url})")
-    file = weights.cache_path if path is None else Path(path).expanduser()
+    file = weights.cached() if path is None else Path(path).expanduser()
     why = "download is switched off"
-    if not file.is_file() and download:
+    if file is None and download:
         try:
-            _download(weights, file, timeout_s)
+            _download(weights, weights.cache_path, timeout_s)
+            file = weights.cache_path
         except (OSError, OutputError, http.client.HTTPException) as error:
             why = f"the download failed ({one_line(error)})"
-    if not file.is_file():
-        mend = f"curl -L --create-dirs -o {file} {weights.url}"
+    if file is None:
+        mend = f"revq weights (from the package index), or: curl -L --create-dirs -o {weights.cache_path} {weights.url}"
         option = f", or pass the file by {weights.option} PATH" if weights.option else ""
-        reason = f"the weights of {weights.title} are not in {file.parent} and {why}; mend it with: {mend}{option}"
+        reason = f"the weights of {weights.title} are not in {weights.cache_path.parent} and {why}; mend it with: {mend}{option}"
         return FoundWeights(path=None, sha256=None, published=False, reason=reason)
     sha256 = sha256_file(file)
-    return FoundWeights(path=file, sha256=sha256, published=sha256.startswith(weights.sha256_prefix))
+    return FoundWeights(path=file, sha256=sha256, published=sha256.startswith(weights.sha256_prefix) or _is_packaged(file, weights.packaged))
+
+
+def find_packaged(name: str) -> FoundWeights:
+    """What `revq weights` made of a package, in the torch hub cache.
+
+    Raises:
+        ConfigError: it is not there, or not that network any more.
+    """
+    path = weights_folder() / PACKAGED[name].file_name
+    if not path.is_file():
+        raise ConfigNotFoundError(f"the weights of {name} are not at {path}; fetch them with: revq weights {name}")
+    if not _is_packaged(path, name):
+        raise ConfigError(f"{path} does not hold the weights of {name}; fetch them anew with: revq weights {name}")
+    return FoundWeights(path=path, sha256=sha256_file(path), published=True)
+
+
+def _is_packaged(path: Path, name: str) -> bool:
+    """Whether a file holds the very tensors of that package; one that cannot be read does not."""
+    try:
+        return path.suffix == ".safetensors" and weights_sha256(load_file(path)) == PACKAGED[name].tensors_sha256
+    except Exception:  # whatever safetensors raises on other bytes
+        return False
 
 
 def find_metric_weights(*, inception: str | None, download: bool, image_size: int, count: int) -> Generator[Event, None, dict[str, FoundWeights]]:
-    """Weights of rFID and LPIPS by metric; yields what the user should know, a missing one above all. Rank 0 alone looks and downloads.
+    """Weights of rFID (and KID) and LPIPS by metric; yields what the user should know, a missing one above all. Rank 0 alone looks and downloads.
 
     Args:
         inception: path of the Inception file; None means the cache, then a download.
