@@ -17,16 +17,17 @@ from ..stages.events import Event, Note, Result
 from ..stages.output_folder import note_on_writer, output_folder
 from .reporting.html import comparison_page
 from .reporting.markdown import markdown_table
-from .reporting.tables import COLUMNS, METRICS_NAME, headline_table, metric_text, number
+from .reporting.tables import METRICS_NAME, column_title, metric_text, number, shown_columns
 
 COMPARISON_KIND = "revq-comparison"
 _ALIKE = {
     "protocol": ("protocol", "name"),
     "image size": ("protocol", "image_size"),
     "images": ("fingerprints", "images"),
-    "weights of rfid": ("protocol", "weights", "rfid", "sha256"),
-    "weights of lpips_alex": ("protocol", "weights", "lpips_alex", "sha256"),
-    "weights of lpips_vgg": ("protocol", "weights", "lpips_vgg", "sha256"),
+    "weights of rfid": ("protocol", "weights", "rfid"),
+    "weights of lpips_alex": ("protocol", "weights", "lpips_alex"),
+    "weights of lpips_vgg": ("protocol", "weights", "lpips_vgg"),
+    "feature network": ("protocol", "features", "sha256"),
     "decoder precision": ("protocol", "precision"),
 }
 
@@ -79,11 +80,12 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 def comparison_table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[str]]:
     """Rows of text, the heading first: every evaluation's rectified row, with the ceiling that its VAE sets beside it."""
-    columns = [name for name in COLUMNS if any(each["rows"]["rectified"].get(name) is not None for each in evaluations)]
+    columns = list(dict.fromkeys(name for each in evaluations for name in shown_columns({"rows": {"rectified": each["rows"]["rectified"]}})))
+    columns = [name for name in columns if any(each["rows"]["rectified"].get(name) is not None for each in evaluations)]
     labels = {str(each.get("rfid_label")) for each in evaluations}
-    titles = dict(zip(COLUMNS, headline_table(_with_all(evaluations[0]))[0][1:], strict=True))
-    titles["rfid"] = f"{labels.pop()} ↓" if len(labels) == 1 else "rFID@n ↓"
-    head = ["tokenizer", "tokens", "codes", "bits", "bits/px", *(titles[name] for name in columns), "VAE PSNR", "recovered", "used codes"]
+    label = labels.pop() if len(labels) == 1 else "rFID@n"
+    titles = [column_title(name, label) for name in columns]
+    head = ["tokenizer", "tokens", "codes", "bits", "bits/px", *titles, "VAE PSNR", "recovered", "used codes"]
     table = [head]
     for name, each in zip(names, evaluations, strict=True):
         row, usage = each["rows"]["rectified"], each["codebook_usage"]
@@ -99,7 +101,7 @@ def unlike(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> li
     """What differs between the evaluations that their numbers depend on, one sentence each."""
     sentences = []
     for title, path in _ALIKE.items():
-        values = [_at(each, path) for each in evaluations]
+        values = [_network(_at(each, path)) for each in evaluations]
         if len(set(values)) > 1:
             told = ", ".join(f"{name}: {_short(value)}" for name, value in zip(names, values, strict=True))
             sentences.append(f"not comparable: {title} differ ({told})")
@@ -110,9 +112,11 @@ def unlike(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> li
     return sentences
 
 
-def _with_all(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics with a value in every column, so that every column has a heading."""
-    return {**metrics, "rows": {"rectified": {name: metrics["rows"]["rectified"].get(name) or 0.0 for name in COLUMNS}}}
+def _network(value: Any) -> Any:
+    """Which network a file of weights holds: the published one, in whichever format, or another by its hash. Any other value as it is."""
+    if isinstance(value, Mapping) and "sha256" in value:
+        return "published" if value.get("published") else value["sha256"]
+    return value
 
 
 def _at(value: Any, path: Sequence[str]) -> Any:

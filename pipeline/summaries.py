@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from .reporting.tables import headline_table
 from .terminal_text import printable, words
 
-_METRICS = {"rfid": ("rFID", 2), "psnr_db": ("PSNR dB", 2), "ssim": ("SSIM", 3), "lpips_alex": ("LPIPS", 3)}
 _FLAGS = {"already_complete", "dry_run"}
 
 
@@ -56,12 +56,7 @@ def _next(command: str, value: Mapping[str, Any]) -> list[str]:
 
 def _evaluation(value: Mapping[str, Any]) -> list[str]:
     """The table of rows, why a figure is missing, tokens and bits, and where the report lies."""
-    width = 10
-    titles = {name: title for name, (title, _) in _METRICS.items()} | {"rfid": value.get("rfid_label", "rFID")}
-    lines = [" " * 11 + "".join(f"{title:>{width}}" for title in titles.values())]
-    for row, metrics in value["rows"].items():
-        lines.append(f"{row:<11}" + "".join(f"{_metric(row, name, metrics.get(name)):>{width}}" for name in _METRICS))
-    lines.append("")
+    lines = [*_aligned(headline_table(value)), ""]
     # That PSNR of equal images is infinite stands in the table; what is no text, such as a list of files, is for metrics.json.
     lines += [f"{name}: {reason}" for name, reason in value.get("notes", {}).items() if isinstance(reason, str) and name != "psnr_db"]
     tokens, bits = value.get("tokens_per_image"), value.get("bits_per_image")
@@ -71,16 +66,13 @@ def _evaluation(value: Mapping[str, Any]) -> list[str]:
 
 def _comparison(value: Mapping[str, Any]) -> list[str]:
     """The table of `revq compare`, names to the left and numbers to the right."""
-    table = value["table"]
+    return [*_aligned(value["table"]), *([f"report: {value['report']}"] if "report" in value else [])]
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in table]
-    return [*lines, *([f"report: {value['report']}"] if "report" in value else [])]
-
-
-def _metric(row: str, name: str, value: float | None) -> str:
-    if row == "original" and name == "psnr_db" and (value is None or math.isinf(value)):
-        return "∞"
-    return "n/a" if value is None else f"{value:.{_METRICS[name][1]}f}"
+    return ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in table]
 
 
 def _description(value: Mapping[str, Any]) -> list[str]:
@@ -103,10 +95,7 @@ def _splits(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
     cells = [["split", *names]]
     for name, split in splits.items():
         cells.append([name, *("-" if split[column] is None else _told(column, split[column]) for column in names)])
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = [
-        "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in cells
-    ]
+    lines = [f"  {line}" for line in _aligned(cells)]
     for name, split in splits.items():
         lines += ["", f"  source of {name}: {split['source']}, seed {split['seed']}"]
         lines += [f"  failed in {name}: {count} x {reason}" for reason, count in split["failures"].items()]

@@ -6,30 +6,51 @@ from collections.abc import Mapping
 from typing import Any
 
 METRICS_NAME = "metrics.json"
-COLUMNS = ("rfid", "psnr_db", "ssim", "lpips_alex", "lpips_vgg", "inception_score")
-_ALWAYS = ("rfid", "psnr_db", "ssim", "lpips_alex")
+COLUMNS = ("rfid", "kid", "lpips_alex", "lpips_vgg", "psnr_db", "ssim", "inception_score")
+"""What the field judges by first."""
+_ALWAYS = ("rfid", "kid", "lpips_alex", "psnr_db", "ssim")
 _TITLES = {
-    "psnr_db": ("PSNR (dB) ↑", 2),
-    "ssim": ("SSIM ↑", 4),
+    "rfid": ("rFID ↓", 2),
+    "kid": ("KID × 1000 ↓", 2),
     "lpips_alex": ("LPIPS-Alex ↓", 4),
     "lpips_vgg": ("LPIPS-VGG ↓", 4),
+    "psnr_db": ("PSNR (dB) ↑", 2),
+    "ssim": ("SSIM ↑", 4),
     "inception_score": ("Inception score ↑", 2),
 }
+_OF_OTHER_NETWORKS = {"fd_": ("Frechet distance ({}) ↓", 2), "kid_": ("KID × 1000 ({}) ↓", 2), "agreement_": ("same class ({}) ↑", 3)}
+"""By the first letters of a metric of `--features`: title and digits."""
+_ERROR = "_standard_error"
 _FAILED_SHOWN = 20
 NOT_COMPARABLE = "not comparable to published numbers"
 
 
 def shown_columns(metrics: Mapping[str, Any]) -> list[str]:
-    """The metrics with a column: the usual four, and others that were measured."""
-    rows = metrics["rows"].values()
-    return [name for name in COLUMNS if name in _ALWAYS or any(row.get(name) is not None for row in rows)]
+    """The metrics with a column: the usual five, and others that were measured."""
+    rows = list(metrics["rows"].values())
+    others = [name for name in rows[0] if name not in COLUMNS and not name.endswith(_ERROR)] if rows else []
+    return [name for name in (*COLUMNS, *others) if name in _ALWAYS or any(row.get(name) is not None for row in rows)]
+
+
+def column_title(name: str, label: str) -> str:
+    """Heading of a metric's column, with an arrow to the better side; `label` is what rFID may be called here."""
+    if name == "rfid":
+        return f"{label} ↓"
+    if name in _TITLES:
+        return _TITLES[name][0]
+    prefix = _other(name)
+    return _OF_OTHER_NETWORKS[prefix][0].format(name.removeprefix(prefix))
+
+
+def _other(name: str) -> str:
+    return next(prefix for prefix in _OF_OTHER_NETWORKS if name.startswith(prefix))
 
 
 def headline_table(metrics: Mapping[str, Any]) -> list[list[str]]:
     """Rows of text, the heading first: the four rows with their metrics. A dash stands for what could not be computed."""
     columns = shown_columns(metrics)
     label = metrics.get("rfid_label") or f"rFID@{metrics['images']}"
-    table = [["row", *(f"{label} ↓" if name == "rfid" else _TITLES[name][0] for name in columns)]]
+    table = [["row", *(column_title(name, label) for name in columns)]]
     for name, row in metrics["rows"].items():
         table.append([name, *(metric_text(row, column) for column in columns)])
     return table
@@ -39,19 +60,34 @@ def metric_text(row: Mapping[str, Any], column: str) -> str:
     """One value of a row; a null PSNR is that of identical images, for every other one is finite."""
     if column == "psnr_db" and row[column] is None:
         return "∞"
-    return number(row.get(column), 2 if column == "rfid" else _TITLES[column][1])
+    digits = _TITLES[column][1] if column in _TITLES else _OF_OTHER_NETWORKS[_other(column)][1]
+    if not column.startswith("kid"):
+        return number(row.get(column), digits)
+    value, error = row.get(column), row.get(column + _ERROR)
+    text = number(None if value is None else 1000 * value, digits)
+    return text if error is None else f"{text} ± {number(1000 * error, digits)}"
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
-    """One sentence: what quantization costs, and how much of it the rectifier recovers."""
-    vae, quantized, rectified = (metrics["rows"][row]["psnr_db"] for row in ("vae", "quantized", "rectified"))
-    if vae is None or quantized is None or rectified is None:
+    """What quantization costs, and how much of it the rectifier recovers: by the distances that were measured, then in decibels."""
+    rows = [metrics["rows"][row] for row in ("vae", "quantized", "rectified")]
+    psnr = [row["psnr_db"] for row in rows]
+    if None in psnr:
         return "Some rows equal the originals bit for bit, so there is no loss to compare."
-    lost, won = vae - quantized, rectified - quantized
+    label = metrics.get("rfid_label") or f"rFID@{metrics['images']}"
+    told = [
+        f"{title} from {number(vae, digits)} to {number(quantized, digits)}, and the rectifier takes it to {number(rectified, digits)}"
+        for name, title, digits in (("rfid", label, 2), ("lpips_alex", "LPIPS-Alex", 4))
+        for vae, quantized, rectified in [[row.get(name) for row in rows]]
+        if vae is not None and quantized is not None and rectified is not None
+    ]
+    lost, won = psnr[0] - psnr[1], psnr[2] - psnr[1]
     if lost <= 0:
-        return f"Quantization costs nothing here: {-lost:.2f} dB above the VAE alone."
-    change = f"recovers {won:.2f} dB of it ({won / lost:.0%})" if won >= 0 else f"loses another {-won:.2f} dB"
-    return f"Quantization costs {lost:.2f} dB against the VAE alone; the rectifier {change}."
+        decibels = f"Quantization costs nothing here: {-lost:.2f} dB above the VAE alone."
+    else:
+        change = f"recovers {won:.2f} dB of it ({won / lost:.0%})" if won >= 0 else f"loses another {-won:.2f} dB"
+        decibels = f"Quantization costs {lost:.2f} dB against the VAE alone; the rectifier {change}."
+    return f"Quantization moves {'; '.join(told)}. {decibels}" if told else decibels
 
 
 def title(metrics: Mapping[str, Any]) -> str:
@@ -90,7 +126,8 @@ def speed(metrics: Mapping[str, Any]) -> str | None:
 
 def shares(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Share of the quantization loss that the rectifier recovers, by every metric that can tell."""
-    names = {"psnr_db": "PSNR", "ssim": "SSIM", "lpips_alex": "LPIPS-Alex", "lpips_vgg": "LPIPS-VGG", "rfid": metrics.get("rfid_label", "rFID")}
+    rfid = metrics.get("rfid_label", "rFID")
+    names = {"rfid": rfid, "kid": "KID", "lpips_alex": "LPIPS-Alex", "lpips_vgg": "LPIPS-VGG", "psnr_db": "PSNR", "ssim": "SSIM"}
     won = metrics.get("recovered") or {}
     return [(title, f"{won[name]:.0%}") for name, title in names.items() if won.get(name) is not None]
 
@@ -115,6 +152,10 @@ def provenance(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, value in protocol.items():
         if name == "weights":
             pairs += [(f"weights of {metric}", _weights(found)) for metric, found in value.items()]
+        elif value is None:
+            continue
+        elif name == "features":
+            pairs.append(("feature network", f"{value['network']}, as {value['name']} (SHA-256 {value['sha256']})"))
         elif isinstance(value, Mapping):
             pairs.append((name, ", ".join(f"{key} {_plain(item)}" for key, item in value.items())))
         else:
