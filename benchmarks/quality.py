@@ -1,11 +1,13 @@
-"""Tables of docs/results.md: how many decibels each choice costs or wins on photographs that nothing was fitted on.
+"""Tables of docs/results.md: what each choice costs or wins, by every judge, on photographs that nothing was fitted on.
 
-    python benchmarks/quality.py --part taef2 --work runs/quality       # or embedded, refine, paper; REVQ_SHARED (../shared) holds the photographs
+    revq weights                                                        # the networks that judge
+    python benchmarks/quality.py --part taef2 --work runs/quality       # or another part; REVQ_SHARED (../shared) holds the photographs
 
 Every stage is the real one, at the settings printed; what the folder `--work` holds already is not done again, so a stopped run goes on.
 
 - taef2: the ImageNet sample at 64 px through TAEF2, 512 tokens of 512 codes, each transform; 700 training photographs in 12 views to fit, the
-  100 of the validation set to test.
+  100 of the validation set to test. `--on bsds` tests on the 300 of BSDS500 instead, a domain that nothing was fitted on.
+- taef2-128: the same at 128 px, latents (32,16,16), 4 views.
 - embedded: the same photographs at 128 px through the VAE that revq brings, 512 tokens of 256 codes, 4 views.
 - refine: tokens searched for with the decoder in the loop (`evaluate --refine N`), on the tokenizers of decoder of both.
 - paper: the paper's recipe (random data points as codebooks, codebooks by gradient, plain coordinates, plain latent loss, EfficientViT blocks,
@@ -29,6 +31,7 @@ import torch
 from revq.cache.batches import ResidentLatents
 from revq.cache.store import LatentStore
 from revq.models.codebooks import load_codebooks, save_codebooks
+from revq.pipeline.reporting.tables import metric_text
 from revq.stages.configs import EncodeLatentsConfig, EvaluateConfig, FitCodebooksConfig, TrainRectifierConfig
 from revq.stages.encode_latents import encode_latents
 from revq.stages.evaluate import evaluate
@@ -37,14 +40,23 @@ from revq.stages.fit_codebooks import fit_codebooks
 from revq.stages.train_rectifier import train_rectifier
 
 TRANSFORMS = ("standardize", "pca", "decoder")
-SETS = {"taef2": (64, 12, 512), "embedded": (128, 4, 256)}  # pixels, views, codes
+SETS = {"taef2": (64, 12, 512), "taef2-128": (128, 4, 512), "embedded": (128, 4, 256)}  # pixels, views, codes
+JUDGED_BY = {
+    "rfid": "rFID@n",
+    "kid": "KID×1000",
+    "lpips_alex": "LPIPS-Alex",
+    "lpips_vgg": "LPIPS-VGG",
+    "agreement_efficientnet_lite0": "same class",
+    "psnr_db": "PSNR",
+    "ssim": "SSIM",
+}
 NETWORK: dict[str, Any] = {"width": 64, "depth": 2, "batch_size": 32, "lr": 2e-3, "ema": 0.98, "evaluations": 4}
 
 
 def encode(name: str, work: Path) -> tuple[str, Path]:
     """A store with the splits train and val; returns where its VAE is, and the store."""
     size, views, _ = SETS[name]
-    vae = f"{Path(__file__).parent.parent / 'tests' / 'taef2_plugin.py'}:load" if name == "taef2" else "revq-tiny-f8c8"
+    vae = f"{Path(__file__).parent.parent / 'tests' / 'taef2_plugin.py'}:load" if name.startswith("taef2") else "revq-tiny-f8c8"
     common: dict[str, Any] = {"store": str(work / f"{name}.zarr"), "vae": vae, "image_size": size}
     run_quietly(encode_latents(EncodeLatentsConfig(images=str(photographs("train")), views=views, **common)))
     run_quietly(encode_latents(EncodeLatentsConfig(images=str(photographs("val")), split="val", **common)))
@@ -52,7 +64,8 @@ def encode(name: str, work: Path) -> tuple[str, Path]:
 
 
 def photographs(part: str) -> Path:
-    return Path(os.environ.get("REVQ_SHARED", "../shared")) / "data" / "imagenet-sample" / part
+    data = Path(os.environ.get("REVQ_SHARED", "../shared")) / "data"
+    return data / "bsds500" / "photographs" if part == "bsds" else data / "imagenet-sample" / part
 
 
 def train_and_evaluate(vae: str, store: Path, codebooks: Path, run: Path, **settings: Any) -> dict[str, Any]:
@@ -63,11 +76,11 @@ def train_and_evaluate(vae: str, store: Path, codebooks: Path, run: Path, **sett
     return {**evaluated(vae, run), "seconds": seconds}
 
 
-def evaluated(vae: str, run: Path, refine: int = 0) -> dict[str, Any]:
+def evaluated(vae: str, run: Path, refine: int = 0, on: str = "val") -> dict[str, Any]:
     """metrics.json of the photographs that nothing was fitted on."""
-    out = run.with_name(f"{run.name}-evaluation-{refine}")
-    config = EvaluateConfig(tokenizer=str(run), images=str(photographs("val")), out=str(out), vae=vae, refine=refine, tolerance=False, download=False)
-    run_quietly(evaluate(config))
+    out = run.with_name(f"{run.name}-evaluation-{refine}-{on}")
+    common: dict[str, Any] = {"tolerance": False, "download": False, "features": "efficientnet-lite0"}
+    run_quietly(evaluate(EvaluateConfig(tokenizer=str(run), images=str(photographs(on)), out=str(out), vae=vae, refine=refine, **common)))
     return json.loads((out / "metrics.json").read_text())  # type: ignore[no-any-return]
 
 
@@ -78,17 +91,18 @@ def fit(vae: str, store: Path, out: Path, **settings: Any) -> float:
     return time.perf_counter() - started
 
 
-def transforms_part(name: str, work: Path) -> None:
+def transforms_part(name: str, work: Path, on: str) -> None:
     vae, store = encode(name, work)
-    table = [("", "PSNR", "SSIM")]
+    table: list[tuple[str, ...]] = [("", *JUDGED_BY.values())]
     lost = {}
     for transform in TRANSFORMS:
-        rows = tokenizer_of(name, transform, vae, store, work)["rows"]
+        metrics = tokenizer_of(name, transform, vae, store, work)
+        rows = (metrics if on == "val" else evaluated(vae, work / f"{name}-{transform}-run", on=on))["rows"]
         if transform == TRANSFORMS[0]:
             table.append(row("vae", rows["vae"]))
         table += [row(f"{transform}, {kind}", rows[kind]) for kind in ("quantized", "rectified")]
         lost[transform] = rows["vae"]["psnr_db"] - rows["quantized"]["psnr_db"]
-    show(f"{name}: {SETS[name][0]} px, 512 tokens of {SETS[name][2]} codes, unseen photographs", table)
+        show(f"{name}: {SETS[name][0]} px, 512 tokens of {SETS[name][2]} codes, photographs of {on}", table)
     print(f"  decoder leaves {lost['decoder'] / lost['standardize']:.2f} of what standardize loses (aim on taef2: at most 0.40)")
 
 
@@ -101,10 +115,10 @@ def tokenizer_of(name: str, transform: str, vae: str, store: Path, work: Path) -
 
 
 def refine_part(work: Path) -> None:
-    for name in SETS:
+    for name in ("taef2", "embedded"):
         vae, store = encode(name, work)
         rows = tokenizer_of(name, "decoder", vae, store, work)["rows"]
-        table = [("", "PSNR", "SSIM", "encoding"), (*row("vae", rows["vae"]), "")]
+        table: list[tuple[str, ...]] = [("", *JUDGED_BY.values(), "encoding"), (*row("vae", rows["vae"]), "")]
         for steps in (0, 2, 4, 8, 16, 32):
             metrics = evaluated(vae, work / f"{name}-decoder-run", steps)
             speed = f"{metrics['throughput']['encode_images_per_s']:.1f} images/s"
@@ -145,7 +159,8 @@ def random_points(store: Path, out: Path) -> Path:
 
 
 def row(name: str, metrics: dict[str, Any]) -> tuple[str, ...]:
-    return (name, f"{metrics['psnr_db']:.2f} dB", f"{metrics['ssim']:.4f}")
+    """One line, in the order of `JUDGED_BY`."""
+    return (name, *(metric_text(metrics, column) for column in JUDGED_BY))
 
 
 def show(title: str, rows: list[tuple[str, ...]]) -> None:
@@ -157,9 +172,8 @@ def show(title: str, rows: list[tuple[str, ...]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--part", choices=("taef2", "embedded", "refine", "paper"), action="append", help="may be given more than once; default taef2"
-    )
+    parser.add_argument("--part", choices=(*SETS, "refine", "paper"), action="append", help="may be given more than once; default taef2")
+    parser.add_argument("--on", choices=("val", "bsds"), default="val", help="the photographs that judge the transforms; default val")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="folder for stores, codebooks, runs and evaluations")
     arguments = parser.parse_args()
     if not photographs("val").is_dir():
@@ -168,7 +182,7 @@ def main() -> None:
     print(f"{os.cpu_count()}-core CPU ({platform.machine()}), torch {torch.__version__}, {torch.get_num_threads()} threads")
     for part in arguments.part or ["taef2"]:
         if part in SETS:
-            transforms_part(part, arguments.work)
+            transforms_part(part, arguments.work, arguments.on)
         else:
             {"refine": refine_part, "paper": paper_part}[part](arguments.work)
 

@@ -7,16 +7,9 @@ from pathlib import Path
 
 import torch
 import torchvision
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from revq.stages.evaluation.inception import empty_inception
 from revq.stages.evaluation.weights import ALEXNET, VGG16
-
-
-class UntrainedInception(FeatureExtractorInceptionV3):
-    """torch-fidelity's network before any weights: its constructor loads them, so loading does nothing here."""
-
-    def load_state_dict(self, *_: object, **__: object) -> None:  # type: ignore[override]
-        return None
 
 
 def he_normal(network: torch.nn.Module) -> None:
@@ -29,10 +22,9 @@ def he_normal(network: torch.nn.Module) -> None:
 
 def save_random_inception(path: Path) -> Path:
     """torch-fidelity's weight format around a He-normal network."""
-    torch.save({}, path)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = UntrainedInception("inception-v3-compat", ["2048"], str(path))
+        network = empty_inception(device="cpu")
     he_normal(network)
     torch.save(network.state_dict(), path)
     return path

@@ -44,7 +44,7 @@ for event in evaluate(EvaluateConfig(tokenizer=f"{folder}/tokenizer", images=ima
 print(before, held_mb("VmHWM"))
 """
 INCEPTION = """
-from revq.stages.evaluation.networks import Inception
+from revq.stages.evaluation.inception import Inception
 
 network = Inception(Path(sys.argv[1]), torch.device("cpu"))
 network.features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))

@@ -23,9 +23,11 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image import LearnedPerceptualImagePatchSimilarity, PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from revq.errors import ConfigError
+from revq.stages.evaluation.features import FeatureCache
 from revq.stages.evaluation.frechet import InceptionScore, Moments, frechet_distance, split_of_images
+from revq.stages.evaluation.inception import CLASSES, FEATURES, Inception
 from revq.stages.evaluation.metrics import CodebookUsage, score_images, ssim, to_signed, to_uint8
-from revq.stages.evaluation.networks import CLASSES, FEATURES, FeatureCache, Inception, Lpips
+from revq.stages.evaluation.networks import Lpips
 from revq.stages.evaluation.weights import ALEXNET, INCEPTION, WeightFile, find_weights
 
 CPU = torch.device("cpu")

@@ -21,7 +21,8 @@ from revq.errors import CodebookError, ConfigError, TokenizerError, TrainingErro
 from revq.models.codebooks import CODEBOOKS_NAME, load_codebooks
 from revq.models.vae_files import EMBEDDED_VAE
 from revq.models.weight_keys import compare_weights
-from revq.stages.evaluation.networks import Inception, Lpips
+from revq.stages.evaluation.inception import Inception
+from revq.stages.evaluation.networks import Lpips
 from revq.stages.events import Note, run_quietly
 from revq.stages.train_rectifier import train_rectifier
 
