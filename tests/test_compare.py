@@ -27,7 +27,16 @@ METRICS: dict[str, Any] = {
     "images": 100,
     "rfid_label": "rFID@100",
     "rows": {
-        row: {"rfid": None, "psnr_db": psnr, "ssim": 0.5, "lpips_alex": None, "lpips_vgg": None, "inception_score": None}
+        row: {
+            "rfid": None,
+            "kid": None,
+            "kid_standard_error": None,
+            "psnr_db": psnr,
+            "ssim": 0.5,
+            "lpips_alex": None,
+            "lpips_vgg": None,
+            "inception_score": None,
+        }
         for row, psnr in (("original", None), ("vae", 27.0), ("quantized", 24.0), ("rectified", 24.6))
     },
     "recovered": {"psnr_db": 0.2},

@@ -96,15 +96,43 @@ def test_what_a_stopped_evaluation_left_is_used_only_if_it_is_whole_and_fits(
     assert value["images"] == 4
 
 
+COLOURS = """
+class Colours:
+    def features(self, images):
+        return images.float().mean((2, 3))
+
+    def logits(self, features):
+        return features
+
+def make():
+    return Colours()
+"""
+
+
 def test_two_ranks_write_the_numbers_of_one(
     torchrun: Callable[..., Any], tokenizer_folder: Path, imagenet_sample: Path, tmp_path: Path, empty_torch_home: Path, inception: Path
 ) -> None:
     images = flat_folder(tmp_path / "images", imagenet_sample, 11)
     (images / "03-broken.jpg").write_bytes(b"no picture")
     save_random_alexnet(empty_torch_home)
-    settings = {"inception_weights": str(inception), "batch_size": 3, "tolerance_images": 3, "workers": 2}
+    (tmp_path / "judge.py").write_text(COLOURS)
+    features = f"{tmp_path / 'judge.py'}:make"
+    settings = {"inception_weights": str(inception), "features": features, "batch_size": 3, "tolerance_images": 3, "workers": 2}
     one = run_quietly(evaluate(config_for(tokenizer_folder, images, tmp_path / "one", tolerance=True, **settings)))
-    options = ["--inception-weights", inception, "--batch-size", 3, "--tolerance-images", 3, "--workers", 2, "--device", "cpu"]
+    options = [
+        "--inception-weights",
+        inception,
+        "--features",
+        features,
+        "--batch-size",
+        3,
+        "--tolerance-images",
+        3,
+        "--workers",
+        2,
+        "--device",
+        "cpu",
+    ]
     torchrun(2, "evaluate", tokenizer_folder, images, tmp_path / "two", "--no-download", *options)
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert (two["protocol"]["ranks"], one["protocol"]["ranks"]) == (2, 1)
@@ -112,6 +140,7 @@ def test_two_ranks_write_the_numbers_of_one(
     assert two["fingerprints"] == one["fingerprints"]
     assert two["notes"] == one["notes"]
     assert two["rows"]["rectified"]["rfid"] > 0
+    assert two["rows"]["vae"]["kid_colours"] is not None
     assert not list((tmp_path / "two").glob("partial*"))
     assert (tmp_path / "two" / "report.html").is_file()
 

@@ -226,8 +226,8 @@ SUMMARIES = [
         "evaluate",
         EVALUATION,
         [
-            r"original +n/a +∞ +1\.000 +0\.000",
-            r"vae +n/a +25\.91 +0\.810 +0\.100",
+            r"original +– +– +0\.0000 +∞ +1\.0000",
+            r"vae +– +– +0\.1000 +25\.91 +0\.8101",
             r"rfid: the Inception weights are not here",
             r"100 images, 512 tokens and 4608 bits per image",
             r"report: runs/evaluation/report\.html",

@@ -186,10 +186,10 @@ def test_the_html_report_holds_every_picture_at_its_own_size_pixel_for_pixel(eva
 def test_the_html_report_shows_the_table_the_verdict_and_the_notes(evaluation: Path) -> None:
     page = Page(write_report(evaluation).read_text())
     assert [cells for cells in page.cells if cells][:4] == [
-        ["–", "∞", "1.0000", "0.0000"],
-        ["–", "25.00", "0.9000", "0.0500"],
-        ["–", "21.00", "0.7000", "0.1000"],
-        ["–", "22.00", "0.7500", "0.0800"],
+        ["–", "–", "0.0000", "∞", "1.0000"],
+        ["–", "–", "0.0500", "25.00", "0.9000"],
+        ["–", "–", "0.1000", "21.00", "0.7000"],
+        ["–", "–", "0.0800", "22.00", "0.7500"],
     ]
     for text in (
         "512 tokens of 512 codes",
@@ -219,7 +219,7 @@ def test_the_html_report_shows_the_table_the_verdict_and_the_notes(evaluation: P
 def test_the_markdown_report_has_the_same_table(evaluation: Path) -> None:
     write_report(evaluation)
     lines = (evaluation / "report.md").read_text().splitlines()
-    assert "| row | rFID@3 ↓ | PSNR (dB) ↑ | SSIM ↑ | LPIPS-Alex ↓ |" in lines
+    assert "| row | rFID@3 ↓ | KID × 1000 ↓ | LPIPS-Alex ↓ | PSNR (dB) ↑ | SSIM ↑ |" in lines
     assert "| original | – | ∞ | 1.0000 | 0.0000 |" in lines
     assert "rFID@3 is not comparable to published numbers." in lines
     assert "| decoder 0.5 | 14.00 | 0.4000 | 0.5500 |" in lines
@@ -257,9 +257,19 @@ def test_columns_that_were_not_measured_are_left_out_and_others_come_in() -> Non
     metrics = copy.deepcopy(METRICS)
     metrics["rows"]["vae"] |= {"lpips_vgg": 0.25, "inception_score": 12.5}
     table = headline_table(metrics)
-    assert table[0][5:] == ["LPIPS-VGG ↓", "Inception score ↑"]
-    assert table[2][5:] == ["0.2500", "12.50"]
-    assert table[3][5:] == ["–", "–"]
+    assert table[0][1:] == ["rFID@3 ↓", "KID × 1000 ↓", "LPIPS-Alex ↓", "LPIPS-VGG ↓", "PSNR (dB) ↑", "SSIM ↑", "Inception score ↑"]
+    assert (table[2][4], table[2][7]) == ("0.2500", "12.50")
+    assert (table[3][4], table[3][7]) == ("–", "–")
+
+
+def test_a_kernel_distance_is_shown_in_thousandths_with_its_error_and_other_networks_by_their_name() -> None:
+    metrics = copy.deepcopy(METRICS)
+    for row in metrics["rows"].values():
+        row |= {"kid": 0.00214, "kid_standard_error": 0.0005, "fd_clip": 1.0, "kid_clip": 0.5, "kid_clip_standard_error": 0.25, "agreement_clip": 0.5}
+    table = headline_table(metrics)
+    assert table[0][-3:] == ["Frechet distance (clip) ↓", "KID × 1000 (clip) ↓", "same class (clip) ↑"]
+    assert table[1][2] == "2.14 ± 0.50"
+    assert table[1][-3:] == ["1.00", "500.00 ± 250.00", "0.500"]
 
 
 def test_the_error_map_is_black_where_pictures_agree_and_white_where_they_differ_most() -> None:
@@ -312,6 +322,9 @@ def test_the_verdict_says_honestly_what_the_rectifier_did(case: Outcome) -> None
     metrics = copy.deepcopy(METRICS)
     for row, value in zip(ROWS[1:], case.psnr_db, strict=True):
         metrics["rows"][row]["psnr_db"] = value
+    assert verdict(metrics) == f"Quantization moves LPIPS-Alex from 0.0500 to 0.1000, and the rectifier takes it to 0.0800. {case.expected}"
+    for row in metrics["rows"].values():
+        row["lpips_alex"] = None
     assert verdict(metrics) == case.expected
 
 

@@ -66,12 +66,11 @@ class OtherFeatures:
         if isinstance(self.network, nn.Module):
             self.network.to(device).eval().requires_grad_(False)
         self.has_logits = callable(getattr(self.network, "logits", None))
-        self._size: int | None = None
         probe = (
             torch.arange(3 * _PROBE_PX**2, dtype=torch.int64).remainder(256).to(torch.uint8).reshape(1, 3, _PROBE_PX, _PROBE_PX).repeat(2, 1, 1, 1)
         )
-        features = self.features(probe.to(device))
-        self._size = self.size = features.shape[1]
+        features = self._answer("features", probe.to(device), 2, None)
+        self.size = features.shape[1]
         self.classes = self.logits(features).shape[1] if self.has_logits else None
 
     @torch.no_grad()
@@ -82,7 +81,7 @@ class OtherFeatures:
             ConfigError: the network fails, or answers with something else.
         """
         parts = images.split(images_at_once(self.device, self._side_px))
-        return torch.cat([self._answer("features", part, len(part), self._size) for part in parts])
+        return torch.cat([self._answer("features", part, len(part), self.size) for part in parts])
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class OtherFeatures:
         shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != count or (size or answer.shape[1]) != answer.shape[1]:
             wanted = f"({count},{size or 'F'})" if method == "features" else f"({count},L)"
-            raise ConfigError(f"--features {self.spec}: {method} must give a tensor {wanted} for {count} images, and gave {shape}")
+            raise ConfigError(f"--features {self.spec}: {method} must give a tensor {wanted} for a batch of {count}, and gave {shape}")
         if not bool(answer.isfinite().all()):
             raise ConfigError(f"--features {self.spec}: {method} gave values that are not finite")
         return answer.float()
