@@ -38,8 +38,8 @@ class WeightFile:
     title: str
     """What it is, in the user's words."""
     url: str
-    packaged: str
-    """The same network in `PACKAGED`."""
+    packaged: str | None = None
+    """The same network in `PACKAGED`; None where no package carries it."""
     option: str | None = None
     """Command-line option that takes a path to it; None where there is none."""
 
@@ -61,7 +61,8 @@ class WeightFile:
 
     def cached(self) -> Path | None:
         """The file in the cache, published or packaged; None where there is neither."""
-        return next((path for path in (self.cache_path, weights_folder() / PACKAGED[self.packaged].file_name) if path.is_file()), None)
+        names = [self.file_name, *([PACKAGED[self.packaged].file_name] if self.packaged else [])]
+        return next((path for name in names if (path := weights_folder() / name).is_file()), None)
 
 
 def weights_folder() -> Path:
@@ -114,7 +115,8 @@ def find_weights(weights: WeightFile, *, path: str | None = None, download: bool
         except (OSError, OutputError, http.client.HTTPException) as error:
             why = f"the download failed ({one_line(error)})"
     if file is None:
-        mend = f"revq weights (from the package index), or: curl -L --create-dirs -o {weights.cache_path} {weights.url}"
+        package = "revq weights (from the package index), or: " if weights.packaged else ""
+        mend = f"{package}curl -L --create-dirs -o {weights.cache_path} {weights.url}"
         option = f", or pass the file by {weights.option} PATH" if weights.option else ""
         reason = f"the weights of {weights.title} are not in {weights.cache_path.parent} and {why}; mend it with: {mend}{option}"
         return FoundWeights(path=None, sha256=None, published=False, reason=reason)
@@ -136,10 +138,10 @@ def find_packaged(name: str) -> FoundWeights:
     return FoundWeights(path=path, sha256=sha256_file(path), published=True)
 
 
-def _is_packaged(path: Path, name: str) -> bool:
+def _is_packaged(path: Path, name: str | None) -> bool:
     """Whether a file holds the very tensors of that package; one that cannot be read does not."""
     try:
-        return path.suffix == ".safetensors" and weights_sha256(load_file(path)) == PACKAGED[name].tensors_sha256
+        return name is not None and path.suffix == ".safetensors" and weights_sha256(load_file(path)) == PACKAGED[name].tensors_sha256
     except Exception:  # whatever safetensors raises on other bytes
         return False
 
