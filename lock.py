@@ -23,7 +23,7 @@ from typing import Any
 from filelock import lock_descriptor
 
 from .errors import HeldError, RevqError
-from .files import LOCK_NAME, disk_errors, refuse_file
+from .files import LOCK_NAME, disk_errors, require_folder
 
 _PATIENCE_S = 0.5
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -42,7 +42,7 @@ def hold_folder(path: Path | str, purpose: str, *, tree: bool = False) -> Iterat
         OutputError: it is a file, or cannot be written.
     """
     path = Path(path)
-    refuse_file(path)
+    require_folder(path)
     if path.is_dir() and not os.access(path, os.W_OK):
         yield  # nobody can write there; a finished run is still found finished
         return

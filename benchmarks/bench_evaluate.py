@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from revq.models.device import pick_device
@@ -27,25 +26,18 @@ from revq.models.tokenizer import TOKENIZER_KIND, ReVQTokenizer
 from revq.models.vae import FrozenVAE
 from revq.stages.configs import EvaluateConfig
 from revq.stages.evaluate import evaluate
+from revq.stages.evaluation.inception import Inception, empty_inception
 from revq.stages.evaluation.metrics import _similarities
-from revq.stages.evaluation.networks import Inception
 from revq.stages.events import Advance, Begin
 
 VAE, IMAGE_SIZE, BATCH, TOKENS, CODES = "revq-tiny-f8c8", 128, 32, 256, 256
 IMAGES = "photographs:train"
 
 
-class UntrainedInception(FeatureExtractorInceptionV3):
-    """torch-fidelity's network before any weights: its constructor loads them, so loading does nothing here."""
-
-    def load_state_dict(self, *_: object, **__: object) -> None:  # type: ignore[override]
-        return None
-
-
 def save_inception(path: Path) -> Path:
     """torch-fidelity's file format around random weights: as slow as the published ones."""
     torch.save({}, path)
-    torch.save(UntrainedInception("inception-v3-compat", ["2048"], str(path)).state_dict(), path)
+    torch.save(empty_inception(device="cpu").state_dict(), path)
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import RevqError, one_line
-from ..files import sha256_file
+from ..files import local_path, sha256_file
 
 
 def make_from_file(
@@ -26,8 +27,8 @@ def make_from_file(
         missing: makes the error of a file that is not there.
     """
     file_name, _, factory_name = spec.rpartition(":")
-    path = Path(file_name).expanduser()
-    if not (file_name and path.is_file()):
+    path = local_path(file_name)
+    if not (file_name and os.path.isfile(path)):  # Path.is_file raises OSError where the name is too long
         raise missing(f"{what} {path if file_name else spec} does not exist; {option} takes FILE.py:FACTORY")
     digest = sha256_file(path)
     try:

@@ -5,6 +5,7 @@ Shapes: B batch, C,H,W latent channels, rows, columns, S image side in pixels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MismatchError, VAEError, VAENotFoundError
-from ..files import sha256_json
+from ..files import local_path, sha256_json
 from .frozen import FrozenModule
 from .plugin import make_from_file
 from .vae_files import EMBEDDED_VAE, VAEFiles, load_network, open_folder, open_repository
@@ -164,10 +165,10 @@ def _load_plugin(spec: str) -> FrozenVAE:
 
 def _load_files(spec: str, revision: str | None) -> FrozenVAE:
     """The embedded VAE, a local folder or a hub repository."""
-    folder = Path(spec).expanduser()
+    folder = local_path(spec)
     if spec == EMBEDDED_VAE:
         return _make(open_folder(Path(__file__).parent / EMBEDDED_VAE), spec)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # Path.is_dir raises OSError where the name is too long
         return _make(open_folder(folder), str(folder.resolve()))
     return _make(open_repository(spec, revision), spec)
 

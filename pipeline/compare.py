@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, OutputError
-from ..files import read_json, write_bytes
+from ..files import local_path, read_json, write_bytes
 from ..lock import naming_writer, writer_of
 from ..stages import ranks
 from ..stages.events import Event, Note, Result
@@ -58,7 +58,7 @@ def compare(evaluations: Sequence[str], *, out: str | None = None) -> Iterator[E
 
 
 def _read(name: str) -> dict[str, Any]:
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     with naming_writer(name, lambda: writer_of(folder)):
         metrics = read_json(folder / METRICS_NAME)
         if metrics is None or "rows" not in metrics:

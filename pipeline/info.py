@@ -12,7 +12,7 @@ from typing import Any
 from ..cache.store import is_store
 from ..cache.store_folder import LocalFolder, open_folder
 from ..errors import CodebookError, NotFoundError, RevqError, TokenizerError
-from ..files import output_kind, read_json, sizes_under
+from ..files import local_path, output_kind, read_json, sizes_under
 from ..lock import being_written, naming_writer
 from ..stages.code_usage import summarize_usage
 from ..stages.events import Event, Note, Result
@@ -133,7 +133,7 @@ def _verify(location: str | Path, kind: str) -> Iterator[Event]:
     if kind == "revq-latents":
         yield from verify_store(open_folder(location))
         return
-    path = Path(location).expanduser()
+    path = local_path(location)
     if kind == "revq-codebooks":
         _verify_codebooks(path)
     elif kind == "revq-tokenizer":

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ...errors import ConfigError, ConfigNotFoundError, one_line
-from ...files import write_bytes
+from ...files import local_path, write_bytes
 from ...models.efficientnet_lite import load_efficientnet_lite
 from ...models.plugin import make_from_file
 from .networks import full_float32, images_at_once, read_weights
@@ -139,6 +139,6 @@ def cache_folder(given: str | None) -> Path | None:
     if given == "off":
         return None
     if given is not None:
-        return Path(given).expanduser()
+        return local_path(given)
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "revq" / "inception-features"

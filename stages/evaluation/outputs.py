@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ...errors import OutputError
-from ...files import read_json, write_bytes, write_json
+from ...files import local_path, read_json, write_bytes, write_json
 from .loader import Loader
 from .metrics import ROWS
 from .pictures import draw_grid, extreme_positions, spread_positions
@@ -78,7 +78,7 @@ def _draw(state: EvaluationState, context: Context, loader: Loader, positions: S
 
 def _training(name: str) -> dict[str, Any] | None:
     """The columns of metrics.parquet where `name` is a run folder of train-rectifier, or the tokenizer in one; None where there are none."""
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     for path in (folder / "metrics.parquet", folder.parent / "metrics.parquet"):
         try:
             table = pq.read_table(path).to_pydict() if path.is_file() else {}

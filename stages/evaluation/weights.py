@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from ...errors import ConfigError, ConfigNotFoundError, OutputError, one_line
-from ...files import replacing, sha256_file
+from ...files import local_path, replacing, sha256_file
 from ...models.weight_keys import weights_sha256
 from .. import ranks
 from ..events import Event, Note
@@ -104,9 +104,9 @@ def find_weights(weights: WeightFile, *, path: str | None = None, download: bool
     Raises:
         ConfigError: `path` is not there. What cannot be downloaded is no error but a `reason`.
     """
-    if path is not None and not Path(path).expanduser().is_file():
+    if path is not None and not os.path.isfile(local_path(path)):
         raise ConfigNotFoundError(f"{weights.title}: no weights at {path}; give the path of {weights.file_name} (from {weights.url})")
-    file = weights.cached() if path is None else Path(path).expanduser()
+    file = weights.cached() if path is None else local_path(path)
     why = "download is switched off"
     if file is None and download:
         try:
