@@ -50,6 +50,7 @@ format: install ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 
 bench: install ## speed and memory, measured as ratios in one run
+	@$(BIN)/revq weights || echo "the networks that judge cannot be had: what needs them is left out"
 	@for script in benchmarks/bench_*.py; do $(BIN)/python "$$script" || exit 1; done
 
 # Offline and strict: a broken link is an error. The docstrings are read from links, since the package is this very folder, whatever its name.
