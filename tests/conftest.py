@@ -22,6 +22,9 @@ SHARED = Path(os.environ.get("REVQ_SHARED", REPOSITORY.parent / "shared")).resol
 os.environ["REVQ_SHARED"] = str(SHARED)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What this machine has in its caches must change no test, neither its result nor its time: the weights that judge come by a fixture alone.
+USERS_TORCH_HOME = os.environ.get("TORCH_HOME", str(Path.home() / ".cache" / "torch"))
+os.environ["TORCH_HOME"] = str(REPOSITORY / "tests" / "no-torch-home")
 
 
 @pytest.fixture(scope="session")
@@ -170,11 +173,13 @@ def judging_networks() -> Path:
     from revq.stages.events import run_quietly
     from revq.stages.fetch_weights import fetch_weights
 
-    try:
-        run_quietly(fetch_weights())
-    except OutputError as error:
-        pytest.skip(f"the networks that judge cannot be had: {error}")
-    return weights_folder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", USERS_TORCH_HOME)
+        try:
+            run_quietly(fetch_weights())
+        except OutputError as error:
+            pytest.skip(f"the networks that judge cannot be had: {error}")
+        return weights_folder()
 
 
 @pytest.fixture
