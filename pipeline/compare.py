@@ -43,8 +43,8 @@ def compare(evaluations: Sequence[str], *, out: str | None = None) -> Iterator[E
         named.setdefault(local_path(name).resolve(), name)
     names = list(named.values())
     if len(names) < 2:
-        found = f"{names[0]} alone is named, {len(evaluations)} times" if len(evaluations) > 1 else f"there is {len(names)}"
-        raise ConfigError(f"a comparison needs at least two evaluations, and {found}; give the folders of revq evaluate")
+        told = f"{names[0]} alone is named, {len(evaluations)} times" if len(evaluations) > 1 else f"there is {len(names)}"
+        raise ConfigError(f"a comparison needs at least two evaluations, and {told}; give the folders of revq evaluate")
     for name in names:
         yield from note_on_writer(name)
     found = {name: _read(name) for name in names}
