@@ -25,6 +25,16 @@ os.environ["REVQ_SHARED"] = str(SHARED)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+LONGEST = ["threads", "bad_input", "one_writer", "wheel", "evaluate_resume", "train_rectifier", "evaluate_memory", "fit_codebooks", "run", "lease"]
+LONGEST += ["train_distributed", "readme", "end_to_end", "evaluate", "train_precision", "module_contract", "tokenizer_inputs", "places_that_vanish"]
+LONGEST += ["encode_latents", "failed_images", "nearest", "kmeans", "tolerance"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that of several processes none is left with one while the others wait; needs --no-loadscope-reorder."""
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
