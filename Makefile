@@ -43,7 +43,7 @@ check: install ## format, lint and types
 # The package is this very folder, whatever its name: mypy needs to see it under its own.
 types: install ## types alone
 	@mkdir -p $(VENV)/mypy && ln -sfn ../.. $(VENV)/mypy/revq
-	cd $(VENV)/mypy && ../bin/mypy --config-file revq/pyproject.toml revq/*.py revq/cache revq/models revq/stages revq/pipeline
+	cd $(VENV)/mypy && ../bin/mypy --config-file revq/pyproject.toml revq/*.py revq/cache revq/models revq/stages revq/pipeline revq/benchmarks
 
 format: install ## mend what ruff can mend
 	$(BIN)/ruff format .

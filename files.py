@@ -23,6 +23,11 @@ LOCK_NAME = "writer.lock"  # see lock.py
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+def local_path(path: Path | str) -> Path:
+    """A local path as a user writes it, with `~` and `~user` expanded; that of an unknown user stays as it is: nothing is there."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError for an unknown user
+
+
 def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
@@ -54,7 +59,7 @@ def disk_errors(path: Path | str) -> Iterator[None]:
     """Turn the operating system's write errors under `path` into one-line `OutputError`s.
 
     Raises:
-        OutputError: the disk is full, a quota or size limit is reached, or `path` may not be written.
+        OutputError: the disk is full, a quota or size limit is reached, `path` may not be written, or its name is too long.
     """
     try:
         yield
@@ -65,6 +70,8 @@ def disk_errors(path: Path | str) -> Iterator[None]:
             ) from error
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
             raise OutputError(f"{path} cannot be written ({error.strerror}); choose a folder you may write to") from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise OutputError(f"{path} cannot be written: its name is longer than the file system allows; choose a shorter one") from error
         raise
 
 
@@ -134,10 +141,13 @@ def output_kind(path: Path | str) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def refuse_file(path: Path) -> None:
-    """Raises OutputError where `path` cannot become an output folder because it is a file."""
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"the output must be a folder, but {path} is a file; choose another path")
+def require_folder(path: Path) -> None:
+    """Raises OutputError where `path` cannot become an output folder: it is a file, its name is too long, or `local_path` knew no such user."""
+    with disk_errors(path):
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"the output must be a folder, but {path} is a file; choose another path")
+    if path.parts[:1] and path.parts[0].startswith("~") and not os.path.exists(path.parts[0]):
+        raise OutputError(f"there is no user {path.parts[0][1:]!r}, in whose home {path} would be; choose another path, or give a full one")
 
 
 def claim_output(path: Path | str, *, kind: str, identity: Mapping[str, Any], overwrite: bool = False) -> bool:
@@ -158,7 +168,7 @@ def claim_output(path: Path | str, *, kind: str, identity: Mapping[str, Any], ov
     """
     path = Path(path)
     identity = json.loads(json.dumps(dict(identity)))
-    refuse_file(path)
+    require_folder(path)
     entries = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
     entries = [name for name in entries if name != LOCK_NAME and not name.endswith(".tmp")]
     if entries:

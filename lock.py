@@ -23,7 +23,7 @@ from typing import Any
 from filelock import lock_descriptor
 
 from .errors import HeldError, RevqError
-from .files import LOCK_NAME, disk_errors, refuse_file
+from .files import LOCK_NAME, disk_errors, parse_json, require_folder
 
 _PATIENCE_S = 0.5
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -42,7 +42,7 @@ def hold_folder(path: Path | str, purpose: str, *, tree: bool = False) -> Iterat
         OutputError: it is a file, or cannot be written.
     """
     path = Path(path)
-    refuse_file(path)
+    require_folder(path)
     if path.is_dir() and not os.access(path, os.W_OK):
         yield  # nobody can write there; a finished run is still found finished
         return
@@ -116,15 +116,6 @@ def is_gone(holder: Mapping[str, Any]) -> bool:
     return holder.get("machine") == _this_machine() and not _is_running(int(holder.get("pid", 0)))
 
 
-def parse_holder(content: bytes | None) -> dict[str, Any]:
-    """The holder that a lock names; empty where there is none, or it was torn."""
-    try:
-        value = json.loads(content or b"")
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 @contextmanager
 def _locked(file: Path, holder: Mapping[str, Any]) -> Iterator[None]:
     descriptor = _acquire(file)
@@ -155,7 +146,7 @@ def _acquire(file: Path) -> int:
             raise
         if free and _is_same_file(descriptor, file):
             return descriptor
-        holder = {} if free else parse_holder(os.pread(descriptor, 4096, 0))
+        holder = {} if free else (parse_json(os.pread(descriptor, 4096, 0)) or {})
         os.close(descriptor)  # where it was free, the holder before us removed the file between our opening and our locking it
         if not free and time.monotonic() > last:
             raise refusal(file.parent, holder)
@@ -183,9 +174,9 @@ def _other_holder(file: Path) -> dict[str, Any] | None:
     try:
         if lock_descriptor(descriptor, blocking=False):
             return None  # closing gives it back
-        holder = parse_holder(os.pread(descriptor, 4096, 0))
+        holder = parse_json(os.pread(descriptor, 4096, 0)) or {}
     except OSError:  # no locks on this file system: what can be known is whether a process of this machine runs
-        holder = parse_holder(os.pread(descriptor, 4096, 0))
+        holder = parse_json(os.pread(descriptor, 4096, 0)) or {}
         if holder.get("machine") != _this_machine() or is_gone(holder):
             return None
     finally:

@@ -62,7 +62,7 @@ def measured(action: Callable[[], object], device: str = "cpu") -> tuple[float, 
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = float(torch.cuda.memory_allocated())
     else:
         before = reset_peak()
     started = time.perf_counter()

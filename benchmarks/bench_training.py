@@ -25,15 +25,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from revq.cache.store import LatentStore
 from revq.files import write_json
-from revq.models.codebooks import CODEBOOKS_KIND, Codebooks, save_codebooks
+from revq.models.codebooks import CODEBOOKS_KIND, Codebooks, load_codebooks, save_codebooks
 from revq.models.device import bf16_is_fast, pick_device
 from revq.models.quantizer import MultiGroupQuantizer
 from revq.models.rectifier import Rectifier
 from revq.models.transform import LatentTransform
 from revq.stages.configs import TrainRectifierConfig
 from revq.stages.events import Advance, Begin
-from revq.stages.train_rectifier import train_rectifier
+from revq.stages.train_rectifier import train_rectifier, train_step
+from revq.stages.training.data import open_inputs
 from revq.stages.training.network import open_network
+from revq.stages.training.run import open_run
+from revq.stages.training.state import new_state
 
 IMAGENET, EPOCHS = 1_281_167, 100
 PAPER = {"width": 512, "depth": 3}
@@ -171,24 +174,19 @@ class OurSteps:
     """The same work by train-rectifier's own step."""
 
     def __init__(self, store: Path, codebooks: Path, out: Path, device: torch.device, *, steps: int, **settings: object) -> None:
-        from revq.models.codebooks import load_codebooks
-        from revq.stages import train_rectifier as stage
-        from revq.stages.training.data import open_inputs
-        from revq.stages.training.state import new_state
-
         config = TrainRectifierConfig(store=str(store), codebooks=str(codebooks), out=str(out), steps=10_000, device=str(device), **settings)  # type: ignore[arg-type]
         fitted = load_codebooks(codebooks)
         inputs = open_inputs(config, LatentStore.open(store), fitted)
         state = new_state(config, inputs, fitted.codebooks)
-        preparing = stage._prepare(config, inputs, state, out)
+        opening = open_run(config, inputs, state, out)
         while True:
             try:
-                next(preparing)
+                next(opening)
             except StopIteration as stop:
                 run = stop.value
                 break
         self.device, self.steps = device, steps
-        self.step = lambda: stage._step(config, inputs, state, run)
+        self.step = lambda: train_step(run, state)
         self.step()
 
     def seconds_per_step(self) -> float:

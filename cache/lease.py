@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import HeldError, OutputError
-from ..lock import being_written, is_gone, parse_holder, refusal, this_holder, told
+from ..files import parse_json
+from ..lock import being_written, is_gone, refusal, this_holder, told
 from .filesystem import protocols_of
 
 LEASE_S = 120.0
@@ -135,7 +136,7 @@ class Lease:
         if not self._object.creates or (before is not None and not self._object.swaps):
             time.sleep(_SETTLE_S)
         if not self._stands():
-            raise self._refusal(parse_holder(self._object.look()[0]))
+            raise self._refusal(parse_json(self._object.look()[0]) or {})
 
     def check(self) -> None:
         """Return where the lease is held for certain; called before each write.
@@ -158,7 +159,7 @@ class Lease:
                 if self._put(new=False):
                     return
             if self._lost is None:
-                thief = parse_holder(self._object.look()[0])
+                thief = parse_json(self._object.look()[0]) or {}
                 who = being_written(self._place, told(thief)) if thief else f"the hold of {self._place} was removed"
                 mend = "this one stops, since its hold could not be renewed in time; what it finished is kept, the same command continues"
                 self._lost = HeldError(f"{who}; {mend}")
@@ -186,7 +187,7 @@ class Lease:
     def _refuse_held(self) -> bytes | None:
         """The lease that is there, which nobody holds; None where there is none."""
         there, self._version = self._object.look()
-        holder = parse_holder(there)
+        holder = parse_json(there) or {}
         if _holds(holder):
             raise self._refusal(holder)
         return there
@@ -204,7 +205,7 @@ class Lease:
     def _stands(self) -> bool:
         """Whether the lease is ours, in whichever version: an earlier renewal that seemed to fail may have arrived since."""
         there, version = self._object.look()
-        mine = parse_holder(there).get("token") == self._mine["token"]
+        mine = (parse_json(there) or {}).get("token") == self._mine["token"]
         if mine:
             self._version = version
         return mine
@@ -242,7 +243,7 @@ def hold_lease(place: str, kept: LeaseObject, purpose: str) -> Iterator[Lease]:
 
 def lease_writer(kept: LeaseObject) -> str | None:
     """The other process that holds a lease, as `told` tells it; None where none does."""
-    holder = parse_holder(kept.look()[0])
+    holder = parse_json(kept.look()[0]) or {}
     mine = this_holder("")
     if not _holds(holder) or all(holder.get(name) == mine[name] for name in ("pid", "machine")):
         return None

@@ -69,8 +69,10 @@ class Place:
         if self.filesystem is None:
             try:
                 return FOLDER if stat.S_ISDIR(os.stat(self.path).st_mode) else FILE
-            except (FileNotFoundError, NotADirectoryError):
-                return None
+            except OSError as error:
+                if nothing_there(error):
+                    return None
+                raise
         with self.asking():
             try:
                 return FOLDER if self.filesystem.info(self.path)["type"] == "directory" else FILE
@@ -112,6 +114,11 @@ class Place:
         A server's failure is no property of an image, which would be recorded as unreadable for ever: it is tried again, then stops the run.
         """
         return read_again(self, self.filesystem, work, self.error_type)
+
+
+def nothing_there(error: OSError) -> bool:
+    """Whether it says that there is no such file or folder; a name that is too long for the file system can be none's."""
+    return isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno == errno.ENAMETOOLONG
 
 
 def _kind(entry: os.DirEntry[str]) -> str:

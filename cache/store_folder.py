@@ -20,11 +20,11 @@ from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore
 
 from ..errors import OutputError, StoreError
-from ..files import LOCK_NAME, disk_errors, replacing, sizes_under
+from ..files import LOCK_NAME, disk_errors, local_path, replacing, sizes_under
 from ..lock import hold_folder, writer_of
 from .filesystem import asking, is_url, protocols_of, unreachable
 from .lease import Lease, LeaseObject, hold_lease, lease_writer
-from .places import FILE, Place, place_of
+from .places import FILE, Place, nothing_there, place_of
 
 _TEMPORARY = ("*.partial", "*.tmp")  # zarr's and ours, left by a killed process
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "hf"})
@@ -42,15 +42,19 @@ class StoreFolder(ABC):
         """The bytes of a file; None where there is none."""
         try:
             return bytes(self.place.inside(key).read())
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return None
+        except OSError as error:
+            if nothing_there(error) or isinstance(error, IsADirectoryError):
+                return None
+            raise
 
     def children(self, key: str = "") -> list[str]:
         """Sorted names of the files and folders directly in a folder, without temporary ones and the lock; none where it is missing."""
         try:
             return sorted(name for name, _ in self.place.inside(key).scan() if not _is_temporary(name))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        except OSError as error:
+            if nothing_there(error):
+                return []
+            raise
 
     def is_file(self) -> bool:
         """Whether there is a file where the folder should be."""
@@ -229,7 +233,7 @@ def open_folder(path: str | Path | StoreFolder) -> StoreFolder:
         return path
     if is_url(path):
         return RemoteFolder(str(path))
-    return LocalFolder(Path(str(path).removeprefix("file://")).expanduser())
+    return LocalFolder(local_path(str(path).removeprefix("file://")))
 
 
 def _is_temporary(key: str) -> bool:

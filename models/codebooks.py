@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import CodebookError, CodebookNotFoundError, one_line
-from ..files import read_json, sha256_json, write_bytes
+from ..files import local_path, read_json, sha256_json, write_bytes
 from ..lock import naming_writer, writer_of
 from .transform import LatentTransform, blank_transform
 from .weight_keys import compare_weights
@@ -62,7 +62,7 @@ def load_codebooks(folder: str | Path) -> Codebooks:
         CodebookError: there is none (then it is a FileNotFoundError too), its fit is not finished (and whether it is running), it is damaged or
             not all there, holds codes that are not finite, or is not of the fit in config.json.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     with naming_writer(folder, lambda: writer_of(folder)):
         return _load(folder)
 

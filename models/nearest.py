@@ -22,7 +22,6 @@ from ..errors import CodebookError, ConfigError, MismatchError, one_line
 if TYPE_CHECKING:
     from .box_search import BoxSearch
 
-BACKENDS = ("auto", "boxes", "scan", "product", "fused")
 _FUSED_MAX_DIMS = 8  # more would not fit a GPU thread's registers
 _THREAD_NS = 1_000_000  # work that a thread is started for, which takes 0.1 ms
 _BLOCK_VALUES = 1 << 22  # distances held at once by the blocked product: 16 MiB in float32

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..errors import TokenizerError, TokenizerNotFoundError, one_line
-from ..files import write_bytes, write_json
+from ..files import local_path, write_bytes, write_json
 from ..lock import naming_writer, writer_of
 from .frozen import FrozenModule
 from .inputs import checked_images, checked_indices, checked_latents
@@ -100,8 +100,9 @@ class ReVQTokenizer(FrozenModule, PyTorchModelHubMixin):
 
     @classmethod
     def _find(cls, path: str | Path, hub_options: dict[str, Any]) -> ReVQTokenizer:
+        folder = local_path(path)
         try:
-            found: ReVQTokenizer = super().from_pretrained(str(path), **hub_options)
+            found: ReVQTokenizer = super().from_pretrained(str(folder if os.path.isdir(folder) else path), **hub_options)
         except TokenizerError:
             raise
         except Exception as error:  # the hub client has its own errors, for a name that is no folder and cannot be downloaded

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from itertools import chain
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MismatchError, VAEError, VAENotFoundError, one_line
-from ..files import sha256_file, sha256_json
+from ..files import local_path, sha256_file, sha256_json
 from .frozen import FrozenModule
 from .vae_files import EMBEDDED_VAE, VAEFiles, load_network, open_folder, open_repository
 from .vae_probe import read_latents, read_pictures, round_trip_shape
@@ -168,8 +169,8 @@ def _weights_sha256(network: nn.Module) -> str:
 def _load_plugin(spec: str) -> FrozenVAE:
     """`FILE.py:FACTORY`: run the file, call the factory."""
     file_name, _, factory_name = spec.rpartition(":")
-    path = Path(file_name).expanduser()
-    if not path.is_file():
+    path = local_path(file_name)
+    if not os.path.isfile(path):  # Path.is_file raises OSError where the name is too long
         raise VAENotFoundError(f"VAE plug-in {path} does not exist; --vae takes FILE.py:FACTORY")
     digest = sha256_file(path)
     try:
@@ -200,10 +201,10 @@ def _plugin_module(path: Path, digest: str) -> ModuleType:
 
 def _load_files(spec: str, revision: str | None) -> FrozenVAE:
     """The embedded VAE, a local folder or a hub repository."""
-    folder = Path(spec).expanduser()
+    folder = local_path(spec)
     if spec == EMBEDDED_VAE:
         return _make(open_folder(Path(__file__).parent / EMBEDDED_VAE), spec)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # Path.is_dir raises OSError where the name is too long
         return _make(open_folder(folder), str(folder.resolve()))
     return _make(open_repository(spec, revision), spec)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, OutputError
-from ..files import read_json, write_bytes
+from ..files import local_path, read_json, write_bytes
 from ..lock import naming_writer, writer_of
 from ..stages import ranks
 from ..stages.events import Event, Note, Result
@@ -35,12 +35,16 @@ def compare(evaluations: Sequence[str], *, out: str | None = None) -> Iterator[E
     """Put finished evaluations side by side; with `out`, write compare.html and compare.md there.
 
     Raises:
-        ConfigError: fewer than two evaluations.
+        ConfigError: fewer than two evaluations; one that is named twice counts once.
         OutputError: one of them is not finished, or `out` holds something else or cannot be written.
     """
-    names = list(dict.fromkeys(evaluations))
+    named: dict[Path, str] = {}
+    for name in evaluations:
+        named.setdefault(local_path(name).resolve(), name)
+    names = list(named.values())
     if len(names) < 2:
-        raise ConfigError(f"a comparison needs at least two evaluations, and there is {len(names)}; give the folders of revq evaluate")
+        told = f"{names[0]} alone is named, {len(evaluations)} times" if len(evaluations) > 1 else f"there is {len(names)}"
+        raise ConfigError(f"a comparison needs at least two evaluations, and {told}; give the folders of revq evaluate")
     for name in names:
         yield from note_on_writer(name)
     found = {name: _read(name) for name in names}
@@ -57,7 +61,7 @@ def compare(evaluations: Sequence[str], *, out: str | None = None) -> Iterator[E
 
 
 def _read(name: str) -> dict[str, Any]:
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     with naming_writer(name, lambda: writer_of(folder)):
         metrics = read_json(folder / METRICS_NAME)
         if metrics is None or "rows" not in metrics:

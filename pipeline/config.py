@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ConfigNotFoundError
+from ..files import local_path
 from ..stages.configs import EncodeLatentsConfig, EvaluateConfig, FitCodebooksConfig, StageConfig, TrainRectifierConfig, describe
 
 TABLES: dict[str, type[StageConfig]] = {
@@ -69,7 +70,7 @@ def load_plan(
     """
     if (config is None) == (preset is None):
         raise ConfigError("give either a CONFIG.toml or --preset " + "|".join(preset_names()) + ", and not both")
-    text, origin = _read_preset(preset) if preset is not None else _read_file(Path(str(config)))
+    text, origin = _read_preset(preset) if preset is not None else _read_file(local_path(str(config)))
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -164,7 +165,7 @@ def _plan(out: str | None, tables: Mapping[str, Mapping[str, Any]], origin: str)
         raise ConfigError(f"{origin} names no training images: set train in [encode-latents] or pass --images")
     if not evaluate.get("images"):
         raise ConfigError(f"{origin} names no images to evaluate on: set val in [encode-latents], images in [evaluate], or pass --val-images")
-    root = Path(out)
+    root = local_path(out)
     store, codebooks, run = str(root / "latents.zarr"), str(root / "codebooks"), str(root / "rectifier")
     return Plan(
         out=root,

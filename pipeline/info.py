@@ -12,7 +12,7 @@ from typing import Any
 from ..cache.store import is_store
 from ..cache.store_folder import LocalFolder, open_folder
 from ..errors import CodebookError, NotFoundError, RevqError, TokenizerError
-from ..files import output_kind, read_json, sizes_under
+from ..files import local_path, output_kind, read_json, sizes_under
 from ..lock import being_written, naming_writer
 from ..stages.code_usage import summarize_usage
 from ..stages.events import Event, Note, Result
@@ -20,6 +20,8 @@ from .store_info import describe_store, verify_store
 
 _KINDS = "a latent store, codebooks, a tokenizer, a run folder of train-rectifier, an evaluation, or the folder of `revq run`"
 
+_MEASURED = ("images", "protocol", "tokens_per_image", "bits_per_image", "codebook_usage", "fingerprints")
+_ROWS = ("vae", "quantized", "rectified")
 _BEGUN = "not known yet: a process has just begun to write here"
 _TRIES, _TRY_AGAIN_S = 3, 0.2
 
@@ -110,7 +112,7 @@ def _describe_training(path: Path) -> dict[str, Any]:
 
 def _describe_evaluation(path: Path) -> dict[str, Any]:
     metrics = read_json(path / "metrics.json")
-    if metrics is None:
+    if metrics is None or "rows" not in metrics:
         return {"complete": False}
     names = ("images", "tokens_per_image", "bits_per_image", "codebook_usage", "fingerprints", "rows", "notes")
     return {"complete": True, "report": str(path / "report.html"), **{name: metrics[name] for name in names if name in metrics}}
@@ -133,7 +135,7 @@ def _verify(location: str | Path, kind: str) -> Iterator[Event]:
     if kind == "revq-latents":
         yield from verify_store(open_folder(location))
         return
-    path = Path(location).expanduser()
+    path = local_path(location)
     if kind == "revq-codebooks":
         _verify_codebooks(path)
     elif kind == "revq-tokenizer":
@@ -172,3 +174,8 @@ def _verify_evaluation(path: Path) -> None:
     missing = [name for name in ("metrics.json", "report.html", "report.md", "reconstructions.png") if not (path / name).is_file()]
     if missing:
         raise RevqError(f"evaluation {path} lacks {', '.join(missing)}; give the evaluate command again")
+    metrics = read_json(path / "metrics.json") or {}
+    rows = metrics.get("rows") or {}
+    lacking = [name for name in _MEASURED if name not in metrics] + [f"rows.{row}" for row in _ROWS if "psnr_db" not in rows.get(row, {})]
+    if lacking:
+        raise RevqError(f"evaluation {path} is damaged: its metrics.json lacks {', '.join(lacking)}; remove that file and evaluate again")

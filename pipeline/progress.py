@@ -5,11 +5,12 @@ With `as_json` the lines go to standard error, so that standard output holds exa
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from itertools import starmap
 from typing import Any
 
@@ -39,7 +40,7 @@ def show(events: Iterable[Event], *, as_json: bool, silent: bool = False, clock:
     on_terminal = not as_json and stream.isatty() and console.is_terminal and not console.is_dumb_terminal
     work: _Bar | None = None
     value: Mapping[str, Any] = {}
-    with closing_events(events), ExitStack() as drawn:
+    with _foreign_output_aside() if as_json else nullcontext(), closing_events(events), ExitStack() as drawn:
         for event in events:
             if isinstance(event, Result):
                 value = event.value
@@ -53,6 +54,20 @@ def show(events: Iterable[Event], *, as_json: bool, silent: bool = False, clock:
             elif work and not work.task.finished:
                 work.take(event)
     return value
+
+
+@contextmanager
+def _foreign_output_aside() -> Iterator[None]:
+    """What others print meanwhile (a VAE plug-in, a program that it starts) goes to standard error."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _print_note(note: Note, console: Console, on_terminal: bool) -> None:

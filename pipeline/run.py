@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ..errors import HeldError, MismatchError, OutputError
+from ..files import local_path
 from ..stages import ranks
 from ..stages.configs import EvaluateConfig
 from ..stages.encode_latents import encode_latents
@@ -83,5 +83,5 @@ def evaluate_and_report(config: EvaluateConfig) -> Iterator[Event]:
     with closing_events(events):
         for event in events:
             if isinstance(event, Result) and ranks.rank() == 0:
-                write_report(Path(config.out))
+                write_report(local_path(config.out))
             yield event

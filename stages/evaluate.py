@@ -14,6 +14,7 @@ Shapes: B batch, N images, S image side in pixels, T tokens per image (= codeboo
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any, Literal
 
 from ..cache.sources import ImageSource, open_source, order_sha256
 from ..errors import ImageError, TokenizerNotFoundError
-from ..files import output_kind
+from ..files import local_path, output_kind
 from ..models.device import pick_device
 from ..models.tokenizer import ReVQTokenizer
 from . import ranks
@@ -221,12 +222,13 @@ def _tokenizer_folder(name: str) -> str:
     Raises:
         TokenizerError: `name` can only be a path, and nothing is there.
     """
-    path = Path(name).expanduser()
-    if (path / "tokenizer" / "config.json").is_file():
+    path = local_path(name)
+    there = os.path.exists(path)  # Path.exists raises OSError where the name is too long
+    if there and (path / "tokenizer" / "config.json").is_file():
         return str(path / "tokenizer")
-    if not path.exists() and (name.startswith((".", "~")) or name.count("/") != 1):
+    if not there and (name.startswith((".", "~")) or name.count("/") != 1):
         raise TokenizerNotFoundError(f"there is no tokenizer at {name}; give the folder that train-rectifier wrote, or a hub id such as owner/name")
-    return str(path) if path.exists() else name
+    return str(path) if there else name
 
 
 def _identity(inputs: _Inputs) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from ..cache.batches import open_latents
 from ..cache.rows import spread_rows
 from ..cache.store import LatentSplit, LatentStore
 from ..errors import CodebookError
-from ..files import write_bytes
+from ..files import local_path, write_bytes
 from ..models.codebooks import CODEBOOKS_KIND, CODEBOOKS_NAME, Codebooks, check_finite, load_codebooks, save_codebooks
 from ..models.device import pick_device
 from ..models.kmeans import faiss_uses, pick_backend
@@ -174,7 +173,7 @@ def _result(config: FitCodebooksConfig, made: Codebooks, *, mse: float | None, l
         "bits_per_image": tokens * math.log2(codes),
         "latents": latents,
         "coordinate_mse": mse,
-        **{name: value for name, value in summarize_usage(Path(config.out)).items() if name != "worst_tokens"},
+        **{name: value for name, value in summarize_usage(local_path(config.out)).items() if name != "worst_tokens"},
         "seconds": round(seconds, 3),
     }
     if made.sensitivity is not None:

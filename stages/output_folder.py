@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import claim_output
+from ..files import claim_output, local_path
 from ..lock import hold_folder, writer_of
 from . import ranks
 from .events import Note
@@ -46,12 +46,12 @@ def output_folder(path: str | Path, *, kind: str, command: str, tree: bool = Fal
     Raises:
         OutputError: another process holds it; it is a file, or cannot be written.
     """
-    folder = Path(path)
+    folder = local_path(path)
     with ranks.held(lambda: hold_folder(folder, command, tree=tree)):
         yield OutputFolder(folder, kind)
 
 
 def note_on_writer(path: str | Path) -> Iterator[Note]:
     """A warning where another process is writing the local folder that is about to be read: it may be replaced at any time."""
-    if writer := writer_of(Path(path).expanduser()):
+    if writer := writer_of(local_path(path)):
         yield Note(text=f"{path} is being written by another process: {writer}; this reads what is there now", warning=True)

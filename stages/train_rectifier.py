@@ -15,7 +15,6 @@ Shapes: N latents, B batch, C,H,W latent channels, rows, columns, T tokens per i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache.store import LatentStore
-from ..files import sha256_file
+from ..files import local_path, sha256_file
 from ..models.codebooks import CODEBOOKS_NAME, load_codebooks
 from ..models.quantizer import code_counts, reset_unused
 from ..models.rectifier import update_ema
@@ -97,7 +96,7 @@ def _train(config: TrainRectifierConfig, folder: OutputFolder) -> Iterator[Event
 
 def _identity(config: TrainRectifierConfig, store: LatentStore) -> dict[str, Any]:
     """What makes a run folder this run's."""
-    codebooks_sha256 = sha256_file(Path(config.codebooks) / CODEBOOKS_NAME)
+    codebooks_sha256 = sha256_file(local_path(config.codebooks) / CODEBOOKS_NAME)
     return {**settings_of_weights(config), "store_fingerprint": store.fingerprint, "codebooks_sha256": codebooks_sha256}
 
 

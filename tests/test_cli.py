@@ -130,3 +130,24 @@ def test_a_reader_that_goes_away_ends_the_command_silently(imagenet_sample: Path
     done = subprocess.run([*map(str, command), "--limit", "4"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_what_a_vae_plugin_and_its_programs_print_does_not_spoil_the_json(revq_cli: Cli, taef2: str, tmp_path: Path):
+    plugin = tmp_path / "talks.py"
+    plugin.write_text(
+        f"""
+import os, runpy
+print("loading")
+os.system("echo from a shell")
+
+def load():
+    network = runpy.run_path({taef2.removesuffix(":load")!r})["load"]()
+    network.register_forward_pre_hook(lambda *_: print("encoding"))
+    network.encoder.register_forward_pre_hook(lambda *_: print("encoding"))
+    return network
+"""
+    )
+    arguments = ("encode-latents", "photographs:held-out", tmp_path / "a.zarr", "--vae", f"{plugin}:load", "--image-size", 64, "--limit", 4)
+    done = revq_cli(*arguments, "--json")
+    assert json.loads(done.stdout)["rows"] == 4
+    assert {"loading", "from a shell", "encoding"} <= set(done.stderr.splitlines())

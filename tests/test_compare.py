@@ -147,7 +147,17 @@ def test_comparing_again_writes_over_the_older_comparison_and_nothing_else(tmp_p
 
 def test_too_few_or_unfinished_evaluations_are_an_error(tmp_path: Path) -> None:
     first = save(tmp_path / "a", METRICS)
-    with pytest.raises(ConfigError, match="at least two evaluations, and there is 1"):
-        run_quietly(compare([first, first]))
+    with pytest.raises(ConfigError, match="at least two evaluations, and there is 1;"):
+        run_quietly(compare([first]))
     with pytest.raises(OutputError, match="holds no finished evaluation"):
         run_quietly(compare([first, str(tmp_path / "nowhere")]))
+
+
+def test_one_evaluation_named_twice_is_told_as_that_and_beside_another_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "a", METRICS)
+    save(tmp_path / "b", METRICS)
+    monkeypatch.chdir(tmp_path)
+    for again in ("a", "a/", str(tmp_path / "a"), "b/../a"):
+        with pytest.raises(ConfigError, match="at least two evaluations, and a alone is named, 2 times;"):
+            run_quietly(compare(["a", again]))
+        assert list(run_quietly(compare(["a", "b", again]))["evaluations"]) == ["a", "b"]

@@ -144,3 +144,30 @@ def test_names_that_windows_wrote_into_a_zip_are_refused_where_their_classes_wou
             archive.writestr(info, data)
     with pytest.raises(ImageError, match=r"parts its names by backslashes .*; unpack it"):
         open_source(f"zip://::{tmp_path / 'x.zip'}")
+
+
+def test_a_zip_of_absolute_names_is_refused_with_advice_that_works(folders: Path, truth: list[tuple[int, str]], tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name, data in archives.files_of(folders):
+            archive.writestr(f"/data/{name}", data)
+    for inside in ("", "data", "/data"):
+        with pytest.raises(
+            ImageError, match=r"x\.zip holds absolute names \(/data/.*unpack it, as unzip does without the leading /, and give the folder"
+        ):
+            open_source(f"zip://{inside}::{tmp_path}/x.zip")
+    with zipfile.ZipFile(tmp_path / "x.zip") as archive:
+        archive.extractall(tmp_path / "out")
+    assert rows(open_source(tmp_path / "out" / "data"), 1) == truth
+
+
+def test_an_encrypted_zip_is_refused_as_that_before_any_image_is_read(folders: Path, tmp_path: Path) -> None:
+    path = zipped(tmp_path, folders)
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        member = next(info for info in archive.infolist() if not info.is_dir())
+    entry = data.rindex(member.filename.encode()) - 46  # of the central directory, which is what readers believe
+    assert data[entry : entry + 4] == b"PK\1\2"
+    data[entry + 8] |= 1
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match=r"x\.zip is encrypted \(.*unpack it with its password, and give the folder"):
+        open_source(f"zip://::{path}")

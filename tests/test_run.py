@@ -14,6 +14,7 @@ import pytest
 
 from revq.errors import RevqError
 from revq.pipeline.config import load_plan
+from revq.pipeline.info import describe, info
 from revq.pipeline.run import run
 from revq.stages.events import run_quietly
 
@@ -204,3 +205,17 @@ def test_info_verify_finds_a_cut_off_codebook_file(whole: tuple[Path, str], revq
     done = revq_cli("info", folder, "--verify", check=1)
     assert "codebooks.safetensors is damaged" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_info_verify_finds_an_evaluation_whose_figures_are_not_all_there(whole: tuple[Path, str], tmp_path: Path):
+    shutil.copytree(whole[0] / "out" / "evaluation", tmp_path / "e")
+    metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    list(info(str(tmp_path / "e"), verify=True))
+    for name in ("images", "rows", "fingerprints"):
+        (tmp_path / "e" / "metrics.json").write_text(json.dumps({key: value for key, value in metrics.items() if key != name}))
+        with pytest.raises(RevqError, match=rf"is damaged: its metrics\.json lacks {name}.*remove that file and evaluate again"):
+            list(info(str(tmp_path / "e"), verify=True))
+    (tmp_path / "e" / "metrics.json").write_text("{}")
+    assert describe(tmp_path / "e")["complete"] is False
+    with pytest.raises(RevqError, match="lacks images, protocol"):
+        list(info(str(tmp_path / "e"), verify=True))

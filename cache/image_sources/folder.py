@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from ...errors import ImageError, ImageNotFoundError
+from ..filesystem import protocols_of
 from ..places import BROKEN_LINK, FILE, FOLDER, Place, place_of
 from .items import ImageItem, ItemColumns, classes_of, iterate, name_column, printable
 from .place_errors import is_there, neighbours_gone, place_errors
@@ -82,7 +83,9 @@ class FolderSource:
 
 
 def check_folder(root: Place) -> None:
-    """Raises ImageError where `root` is not a folder."""
+    """Raises ImageError where `root` is not a folder, or one in a zip that cannot be read."""
+    if root.filesystem is not None and "zip" in protocols_of(root.filesystem):
+        _check_zip(root)
     kind = root.kind()
     if kind is None:
         raise ImageNotFoundError(f"image folder {root} does not exist; give a folder of images or of class folders, a .tar or a .parquet")
@@ -90,6 +93,17 @@ def check_folder(root: Place) -> None:
         raise ImageError(f"the images must be a folder, a .tar or a .parquet, but {root} is a zip; give {shlex.quote(f'zip://::{root}')}")
     if kind == FILE:
         raise ImageError(f"the images must be a folder, a .tar or a .parquet, but {root} is a file; give the folder that holds it")
+
+
+def _check_zip(root: Place) -> None:
+    """Raises ImageError where no member of a `zip://` can be read by its name, or none without a password."""
+    archive = root.around[1].removeprefix("::")
+    for member in root.filesystem.zip.infolist():
+        if member.flag_bits & 1:
+            raise ImageError(f"{archive} is encrypted ({member.filename}); unpack it with its password, and give the folder")
+        if member.filename.startswith("/"):
+            names = f"{archive} holds absolute names ({member.filename}), which are not found again under zip://"
+            raise ImageError(f"{names}; unpack it, as unzip does without the leading /, and give the folder")
 
 
 def is_image(name: str | bytes) -> bool:

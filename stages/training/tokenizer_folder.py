@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import OutputError
-from ...files import read_json
+from ...files import local_path, read_json
 from ...models.codebooks import Codebooks
 from ...models.rectifier import parameter_count
 from ...models.tokenizer import FORMAT_VERSION, TOKENIZER_KIND, ReVQTokenizer
@@ -82,7 +82,7 @@ def result(config: TrainRectifierConfig, tokenizer: ReVQTokenizer) -> dict[str, 
     rectifier = tokenizer.rectifier
     return {
         "out": config.out,
-        "tokenizer": str(Path(config.out) / "tokenizer"),
+        "tokenizer": str(local_path(config.out) / "tokenizer"),
         "steps": tokenizer.config["steps"],
         "weights_of_step": tokenizer.config["weights_of_step"],
         "tokens": tokenizer.tokens,
