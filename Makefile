@@ -33,7 +33,7 @@ demo: install ## the whole pipeline on embedded photographs, offline, a few minu
 	$(BIN)/revq demo
 
 test: install ## all tests, on two processes
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install ## format, lint and types
 	$(BIN)/ruff format --check .

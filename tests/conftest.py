@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from warm_python import warm_python
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +27,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # What this machine has in its caches must change no test, neither its result nor its time: the weights that judge come by a fixture alone.
 USERS_TORCH_HOME = os.environ.get("TORCH_HOME", str(Path.home() / ".cache" / "torch"))
 os.environ["TORCH_HOME"] = str(REPOSITORY / "tests" / "no-torch-home")
+
+LONGEST = ["threads", "bad_input", "one_writer", "wheel", "evaluate_resume", "train_rectifier", "evaluate_memory", "fit_codebooks", "run", "lease"]
+LONGEST += ["train_distributed", "readme", "end_to_end", "evaluate", "train_precision", "module_contract", "tokenizer_inputs", "places_that_vanish"]
+LONGEST += ["encode_latents", "failed_images", "nearest", "kmeans", "tolerance"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that of several processes none is left with one while the others wait; needs --no-loadscope-reorder."""
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")
@@ -51,13 +63,25 @@ def taef2(shared: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def revq_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `python -m revq ARGUMENTS` as a user would, and check its exit code."""
+def python() -> Iterator[str]:
+    """A Python that has imported everything already, to be called as `sys.executable`; see warm_python.py."""
+    with tempfile.TemporaryDirectory(prefix="revq-test-") as folder, warm_python(Path(folder)) as program:
+        yield program
+
+
+@pytest.fixture(scope="session")
+def revq_cli(python: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python -m revq ARGUMENTS` in a process of its own (`fresh`: in a fresh interpreter, as a user does), and check its exit code."""
 
     def run(
-        *arguments: object, check: int | None = 0, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 240
+        *arguments: object,
+        check: int | None = 0,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = 240,
+        fresh: bool = False,
     ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "revq", *map(str, arguments)]
+        command = [sys.executable if fresh else python, "-m", "revq", *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=cwd, timeout=timeout, check=False)
         if check is not None:
             assert done.returncode == check, f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -67,15 +91,15 @@ def revq_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
+def torchrun(python: str) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `torchrun --nproc-per-node RANKS -m revq ARGUMENTS` on loopback, and check its exit code."""
 
     def run(
         ranks: int, *arguments: object, check: int | None = 0, env: dict[str, str] | None = None, timeout: float = 240
     ) -> subprocess.CompletedProcess[str]:
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-        command = [sys.executable, *launcher, "--local-addr", "127.0.0.1", "-m", "revq", *map(str, arguments)]
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", **(env or {})}
+        command = [python, *launcher, "--local-addr", "127.0.0.1", "-m", "revq", *map(str, arguments)]
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHON_EXEC": python, **(env or {})}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
         if check is not None:
             assert done.returncode == check, f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -86,13 +110,13 @@ def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def small_store(tmp_path_factory: pytest.TempPathFactory, imagenet_sample: Path, taef2: str) -> Path:
-    """A real latent store at 64 px: train (60 images, 2 views), val (12 images). Not to be written to."""
+    """A real latent store at 64 px: train (60 images, 2 views), val (6 images). Not to be written to."""
     from revq.stages.configs import EncodeLatentsConfig
     from revq.stages.encode_latents import encode_latents
     from revq.stages.events import run_quietly
 
     store = tmp_path_factory.mktemp("store") / "latents.zarr"
-    for split, limit, views in (("train", 60, 2), ("val", 12, 1)):
+    for split, limit, views in (("train", 60, 2), ("val", 6, 1)):
         run_quietly(
             encode_latents(
                 EncodeLatentsConfig(

@@ -37,7 +37,7 @@ rectifier = {"channels": 32, "width": 32, "depth": 1, "block": "conv"}
 tokenizer = ReVQTokenizer({**config, "image_size": 128, "rectifier": rectifier, "vae": FrozenVAE.load(vae).identity()})
 torch.nn.init.normal_(tokenizer.quantizer.codebooks)
 tokenizer.save_pretrained(f"{folder}/tokenizer")
-settings = {"limit": 64, "batch_size": 64, "workers": 2, "download": False, "device": "cpu", "cache": "off"}
+settings = {"limit": 64, "batch_size": 64, "workers": 2, "download": False, "device": "cpu", "cache": "off", "tolerance": False}
 for event in evaluate(EvaluateConfig(tokenizer=f"{folder}/tokenizer", images=images, out=f"{folder}/out", **settings)):
     if isinstance(event, Begin) and event.task == "evaluate":
         before = begin_mb()

@@ -126,7 +126,7 @@ def test_the_decoder_transform_measures_how_much_each_position_moves_the_picture
     assert float(fitted.sensitivity.min()) > 0
     assert len(result["sensitivity_per_channel"]) == 32
     assert float(fitted.transform.scale.std()) > 0.1
-    latents = ResidentLatents(LatentStore.open(small_store)["val"]).batch(torch.arange(12))
+    latents = ResidentLatents(LatentStore.open(small_store)["val"]).batch(torch.arange(6))
     assert torch.allclose(fitted.transform.inverse(fitted.transform(latents)), latents, atol=1e-3)
 
 
@@ -358,7 +358,7 @@ def test_larger_latents_are_cut_into_spatial_blocks_all_the_way_to_a_tokenizer(
     run = TrainRectifierConfig(store=str(small_store), codebooks=str(tmp_path / "blocks"), out=str(tmp_path / "run"), width=0, steps=0)
     run_quietly(train_rectifier(run))
     tokenizer = ReVQTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
-    latents = ResidentLatents(LatentStore.open(small_store)["val"]).batch(torch.arange(12))
+    latents = ResidentLatents(LatentStore.open(small_store)["val"]).batch(torch.arange(6))
     assert torch.allclose(fitted.transform.inverse(fitted.transform(latents)), latents, atol=1e-3)
     quantizer = MultiGroupQuantizer(fitted.codebooks)
     assert torch.equal(tokenizer.encode_latents(latents), quantizer.encode(fitted.transform(latents)))

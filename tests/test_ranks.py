@@ -35,13 +35,14 @@ def children(pid: int) -> list[int]:
 
 
 def test_when_a_rank_dies_another_number_of_ranks_finishes_the_job(
-    torchrun: Run, revq_cli: Run, imagenet_sample: Path, taef2: str, tmp_path: Path
+    torchrun: Run, revq_cli: Run, python: str, imagenet_sample: Path, taef2: str, tmp_path: Path
 ) -> None:
     images, store = imagenet_sample / "val", tmp_path / "s"
     work = ["encode-latents", str(images), str(store), "--vae", taef2, *map(str, SETTINGS)]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command = [sys.executable, *launcher, "--local-addr", "127.0.0.1", "-m", "revq", *work]
-    with subprocess.Popen(command, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHON_EXEC": python}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while len(list((store / "progress" / "train").glob("*.json"))) < 2:
             assert process.poll() is None, "it ended before a rank could be killed"

@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, revq_cli: Callable[..., subpr
         for there, here in reversed(SMALLER.items()):
             line = line.replace(there, here)
         assert "imagenet" not in line
-        revq_cli(*shlex.split(line)[1:], cwd=folder)
+        revq_cli(*shlex.split(line)[1:], cwd=folder, fresh=True)
     return folder
 
 

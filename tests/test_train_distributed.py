@@ -118,12 +118,14 @@ def workers_of(launcher: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers through /proc")
-def test_when_a_worker_is_killed_torchrun_starts_again_from_the_last_checkpoint(small_store: Path, small_codebooks: Path, tmp_path: Path) -> None:
+def test_when_a_worker_is_killed_torchrun_starts_again_from_the_last_checkpoint(
+    python: str, small_store: Path, small_codebooks: Path, tmp_path: Path
+) -> None:
     settings = {"steps": 150, "evaluations": 30, "decoder_steps": 0}
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     launcher += ["--local-addr", "127.0.0.1", "--max-restarts", "1", "--monitor-interval", "0.2", "-m", "revq"]
     command = [sys.executable, *launcher, *arguments(small_store, small_codebooks, tmp_path / "two", **settings)]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHON_EXEC": python}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
         deadline = time.monotonic() + 120
         while len(list((tmp_path / "two").glob("checkpoints/step-*.pt"))) < 2 and time.monotonic() < deadline:

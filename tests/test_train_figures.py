@@ -135,7 +135,7 @@ def test_frozen_codebooks_leave_no_table_of_usage_and_show_their_quantization(sm
     events = list(train_rectifier(config(small_store, small_codebooks, tmp_path / "run", codebook_lr=0.0)))
     assert not (tmp_path / "run" / "usage.parquet").exists()
     begun = [(event.task, event.total, event.unit) for event in events if isinstance(event, Begin)]
-    assert begun[:2] == [("quantize train", TRAIN_LATENTS, "latents"), ("quantize val", 12, "latents")]
+    assert begun[:2] == [("quantize train", TRAIN_LATENTS, "latents"), ("quantize val", 6, "latents")]
     assert "codebook_loss" not in shown_at(12, events)
     metrics = metrics_of(tmp_path / "run")
     assert len(set(metrics["codebook_usage"])) == 1
