@@ -13,7 +13,10 @@ from ..errors import StoreError
 from ..models.device import pick_device
 from ..models.kmeans import pick_backend
 from ..models.vae import FrozenVAE
-from ..stages.evaluation.weights import INCEPTION, find_weights
+from ..stages.configs import EvaluateConfig
+from ..stages.evaluation.features import OtherFeatures
+from ..stages.evaluation.instruments import open_instruments
+from ..stages.evaluation.weights import METRIC_WEIGHTS, find_weights
 from ..stages.fit_codebooks import check_tokens
 from ..stages.training.data import check_ranks
 from ..stages.training.log import require_wandb
@@ -34,12 +37,21 @@ def check_plan(plan: Plan, *, overwrite: bool) -> None:
     check_ranks(plan.train)
     if plan.train.wandb:
         require_wandb()
-    if plan.evaluate.inception_weights is not None:
-        find_weights(INCEPTION, path=plan.evaluate.inception_weights, download=False)
+    _check_judges(plan.evaluate)
     for images in sorted({plan.evaluate.images, *([plan.encode_val.images] if plan.encode_val else [])}):
         open_source(images)
     _check_classes(plan)
     check_tokens(plan.fit, _latent_shape(plan, overwrite))
+
+
+def _check_judges(config: EvaluateConfig) -> None:
+    """Open the networks that judge, as far as they are here: a damaged file must not be found after hours. Raises ConfigError."""
+    cpu = torch.device("cpu")
+    found = {
+        metric: find_weights(file, path=config.inception_weights if metric == "rfid" else None, download=False)
+        for metric, file in METRIC_WEIGHTS.items()
+    }
+    open_instruments(found, OtherFeatures(config.features, cpu) if config.features else None, cpu)
 
 
 def _check_classes(plan: Plan) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -32,17 +32,17 @@ from ..models.tokenizer import ReVQTokenizer
 from . import ranks
 from .configs import EvaluateConfig
 from .evaluation.feature_sets import FeatureSets
-from .evaluation.features import FeatureCache, FeatureNetwork, OtherFeatures, cache_folder
+from .evaluation.features import FeatureCache, OtherFeatures, cache_folder
 from .evaluation.inception import CLASSES, FEATURES, Inception
+from .evaluation.instruments import Instruments, open_instruments
 from .evaluation.loader import Batch, Loader
 from .evaluation.metrics import ROWS, score_images
-from .evaluation.networks import Lpips
 from .evaluation.outputs import EVALUATION_KIND, METRICS_NAME, finished_metrics, write_evaluation
 from .evaluation.protocols import PROTOCOLS
 from .evaluation.reconstruct import check_round_trip, reconstruct
 from .evaluation.state import EvaluationState, Measured, new_state, resume, save_partial
 from .evaluation.summary import Context
-from .evaluation.tolerance import Instruments, affordable_images, measure_tolerance
+from .evaluation.tolerance import affordable_images, measure_tolerance
 from .evaluation.weights import FoundWeights, find_metric_weights
 from .events import Advance, Begin, Event, Note, Result
 from .output_folder import OutputFolder, note_on_writer, output_folder
@@ -92,7 +92,7 @@ def _evaluate(config: EvaluateConfig, folder: OutputFolder) -> Iterator[Event]:
         yield Note(text=f"{out} already holds this evaluation; nothing to do")
         yield _result(out, finished)
         return
-    instruments = _load_instruments(inputs)
+    instruments = open_instruments(inputs.weights, inputs.other, inputs.tokenizer.device)
     state = yield from _measure_all(inputs, instruments, None if replaces else out)
     state.merge_ranks()
     if not state.images:
@@ -132,19 +132,6 @@ def _open(config: EvaluateConfig) -> Generator[Event, None, _Inputs]:
         other=other,
         caches={name: FeatureCache(folder, sha256) for name, sha256 in networks.items() if folder and sha256},
     )
-
-
-def _load_instruments(inputs: _Inputs) -> Instruments:
-    device, paths = inputs.tokenizer.device, {name: found.path for name, found in inputs.weights.items()}
-    # VGG takes a gigabyte while its file is read, more than all the rest: so it comes first.
-    trunks: dict[str, Literal["alex", "vgg"]] = {"lpips_vgg": "vgg", "lpips_alex": "alex"}
-    lpips = {name: Lpips(trunk, path, device) for name, trunk in trunks.items() if (path := paths[name])}
-    return Instruments(inception=Inception(paths["rfid"], device) if paths["rfid"] else None, lpips=lpips, other=inputs.other)
-
-
-def _feature_networks(instruments: Instruments) -> dict[str, FeatureNetwork]:
-    """What measures features, by name."""
-    return {network.name: network for network in (instruments.inception, instruments.other) if network is not None}
 
 
 def _measure_all(inputs: _Inputs, instruments: Instruments, kept_in: Path | None) -> Generator[Event, None, EvaluationState]:
@@ -199,7 +186,7 @@ def _measure(inputs: _Inputs, instruments: Instruments, batch: Batch) -> Measure
     features: dict[str, dict[str, Tensor]] = {}
     logits: dict[str, dict[str, Tensor]] = {}
     digests = [crop.digest for crop in batch.crops]
-    for name, network in _feature_networks(instruments).items():
+    for name, network in instruments.feature_networks().items():
         features[name], logits[name] = {}, {}
         for row in _measured_rows(tokenizer):
             cache = inputs.caches.get(name) if row == "original" else None

@@ -114,13 +114,25 @@ def test_a_run_does_not_write_into_a_folder_that_holds_something_else(whole: tup
     [
         ("download = false", 'download = false\nimages = "{tmp}/nowhere"', "nowhere"),
         ("download = false", 'download = false\ninception_weights = "{tmp}/no.pth"', "no weights at"),
+        ("download = false", 'download = false\ninception_weights = "{tmp}/config.toml"', "config.toml cannot be read"),
+        ("download = false", 'download = false\nfeatures = "{tmp}/judge.py:make"', "judge.py does not exist; --features takes FILE.py:FACTORY"),
         ("download = false", 'download = false\ndevice = "cuda:99"', "device 'cuda:99' is not there"),
         ("depth = 1", 'depth = 1\ndevice = "gpu"', "device must be auto, cpu"),
         ("codes = 8", "codes = 8\ntokens = 500", "which 500 tokens do not divide"),
         ("image_size = 64", "image_size = 60", "choose --image-size 56 or 64"),
         ("limit = 16", 'limit = 16\nnew_classes = "refuse"', 'classes of split "val" are in no other split of the store'),
     ],
-    ids=["images of evaluate", "Inception weights", "device of evaluate", "device of train-rectifier", "tokens", "image size", "classes"],
+    ids=[
+        "images of evaluate",
+        "Inception weights",
+        "damaged Inception weights",
+        "feature network",
+        "device of evaluate",
+        "device of train-rectifier",
+        "tokens",
+        "image size",
+        "classes",
+    ],
 )
 def test_what_a_later_stage_would_miss_is_told_before_the_first_one_begins(
     imagenet_sample: Path, taef2: str, tmp_path: Path, old: str, new: str, message: str

@@ -23,12 +23,10 @@ from torch import Tensor
 from ...models.tokenizer import ReVQTokenizer
 from .. import ranks
 from ..events import Advance, Begin, Event
-from .features import OtherFeatures
 from .frechet import frechet_distance, gaussian_of
-from .inception import Inception
+from .instruments import Instruments
 from .loader import Batch, Loader
 from .metrics import score_images
-from .networks import Lpips
 from .reconstruct import decode_to_uint8, reconstruct
 
 LEVELS = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
@@ -40,16 +38,6 @@ _ROWS = ("vae", "quantized", "rectified")
 _MARKS = ("quantized", "rectified")
 _ERRORS = {"isotropic": "latent_mse", "decoder": "decoder_mse"}
 """By kind of noise, how the size of the tokenizer's own error is measured."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Instruments:
-    """The networks that measure."""
-
-    inception: Inception | None
-    lpips: Mapping[str, Lpips]
-    other: OtherFeatures | None = None
-    """The network of `--features`."""
 
 
 @dataclass

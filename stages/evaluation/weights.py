@@ -78,6 +78,8 @@ INCEPTION = WeightFile(
 )
 ALEXNET = WeightFile(title="the AlexNet trunk of LPIPS", url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", packaged="lpips-alexnet")
 VGG16 = WeightFile(title="the VGG16 trunk of LPIPS", url="https://download.pytorch.org/models/vgg16-397923af.pth", packaged="lpips-vgg16")
+METRIC_WEIGHTS = {"rfid": INCEPTION, "lpips_alex": ALEXNET, "lpips_vgg": VGG16}
+"""By metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +160,10 @@ def find_metric_weights(*, inception: str | None, download: bool, image_size: in
     """
     too_few = f"the Frechet distance needs at least 2 images, and there is {count}" if count < 2 else ""
     too_small = f"LPIPS needs images of at least {LPIPS_SMALLEST_SIDE} px, and these have {image_size}" if image_size < LPIPS_SMALLEST_SIDE else ""
-    found = {
-        "rfid": (yield from _find_one(INCEPTION, inception, download, too_few)),
-        "lpips_alex": (yield from _find_one(ALEXNET, None, download, too_small)),
-        "lpips_vgg": (yield from _find_one(VGG16, None, download, too_small)),
-    }
+    found = {}
+    for name, file in METRIC_WEIGHTS.items():
+        rfid = name == "rfid"
+        found[name] = yield from _find_one(file, inception if rfid else None, download, too_few if rfid else too_small)
     for name, weights in found.items():
         if weights.reason:
             yield Note(text=f"{name} is left out: {weights.reason}", warning=True)
