@@ -20,6 +20,7 @@ from ..stages.evaluation.weights import METRIC_WEIGHTS, find_weights
 from ..stages.fit_codebooks import check_tokens
 from ..stages.training.data import check_ranks
 from ..stages.training.log import require_wandb
+from ..stages.training.perceptual import open_perceptual
 from .config import Plan
 
 
@@ -38,6 +39,8 @@ def check_plan(plan: Plan, *, overwrite: bool) -> None:
     if plan.train.wandb:
         require_wandb()
     _check_judges(plan.evaluate)
+    if plan.train.perceptual and plan.train.decoder_steps:
+        open_perceptual(plan.train.perceptual, torch.device("cpu"))
     for images in sorted({plan.evaluate.images, *([plan.encode_val.images] if plan.encode_val else [])}):
         open_source(images)
     _check_classes(plan)

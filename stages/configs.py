@@ -183,6 +183,11 @@ class TrainRectifierConfig(StageConfig):
     efficientvit is the paper's; conv gained more in short runs (docs/notes/rectifier.md)."""
     decoder_batch_size: Annotated[int, Setting(panel="Advanced", at_least=1)] = 32
     """Latents in a step of --decoder-steps, on all ranks together."""
+    perceptual: Annotated[str | None, Setting(panel="Advanced", none="squared error alone")] = None
+    """Network of a second term in --decoder-steps: lpips-vgg, efficientnet-lite2 or FILE.py:FACTORY.
+    Name none that evaluate judges by. An object of FACTORY has features(images float (B,3,H,W) in [0,255]) -> (B,F), which can be differentiated."""
+    perceptual_weight: Annotated[float, Setting(panel="Advanced", above=0)] = 0.03
+    """Weight of that term beside the squared error of pixels in [0,1]."""
     evaluations: Annotated[int, Setting(panel="Advanced", at_least=1)] = 20
     """How often to validate and save a checkpoint; at least 4 times a phase."""
     keep: Annotated[int, Setting(panel="Advanced", at_least=1)] = 2

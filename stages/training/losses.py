@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...models.transform import LatentTransform
 from ...models.vae import FrozenVAE
+from .perceptual import Perceptual
 
 
 def latent_loss(rectified: Tensor, standardised: Tensor, scale: Tensor) -> Tensor:
@@ -31,10 +32,13 @@ class PixelLoss:
     transform: LatentTransform
     micro_batch: int
     """Latents decoded at once, on each rank."""
+    perceptual: Perceptual | None = None
+    perceptual_weight: float = 0.0
 
     def __call__(self, rectified: Tensor, latents: Tensor) -> Tensor:
-        """Rectified standardised latents and raw cached latents (B,C,H,W) -> mean squared error of pixels in [0,1]."""
+        """Rectified standardised latents and raw cached latents (B,C,H,W) -> mean squared error of pixels in [0,1], plus the perceptual term."""
         with torch.no_grad():
             target = self.vae.decode(latents)
         decoded = self.vae.decode(self.transform.unstandardize(rectified))
-        return F.mse_loss(decoded, target) / 4
+        squares = F.mse_loss(decoded, target) / 4
+        return squares if self.perceptual is None else squares + self.perceptual_weight * self.perceptual(decoded, target)

@@ -25,6 +25,7 @@ from .log import TrainingLog
 from .losses import PixelLoss
 from .micro_batches import try_decoder_step
 from .network import RectifierNetwork, open_network
+from .perceptual import open_perceptual
 from .state import TrainState
 
 # What may change from one command to the next on the same folder: none of it shapes the weights beyond rounding.
@@ -53,6 +54,8 @@ class TrainingRun:
 def settings_of_weights(config: TrainRectifierConfig) -> dict[str, Any]:
     """The settings that shape the weights: a folder with others is another run's. A constant schedule may be made longer."""
     free = {*_RUNTIME_ONLY, "epochs", "steps"} if config.schedule == "constant" else _RUNTIME_ONLY
+    if config.perceptual is None:
+        free = {*free, "perceptual", "perceptual_weight"}
     return {name: value for name, value in asdict(config).items() if name not in free}
 
 
@@ -83,7 +86,13 @@ def _pixel_loss(config: TrainRectifierConfig, inputs: Inputs, state: TrainState,
     if inputs.vae is None:
         return None
     example = _zeros(inputs, config.decoder_batch_size)
-    pixel_loss = PixelLoss(vae=inputs.vae, transform=inputs.transform, micro_batch=min(config.micro_batch or len(example), len(example)))
+    pixel_loss = PixelLoss(
+        vae=inputs.vae,
+        transform=inputs.transform,
+        micro_batch=min(config.micro_batch or len(example), len(example)),
+        perceptual=open_perceptual(config.perceptual, inputs.device) if config.perceptual and config.decoder_steps else None,
+        perceptual_weight=config.perceptual_weight,
+    )
     if config.decoder_steps and not state.done:
         try_decoder_step(network, pixel_loss, state, example[: pixel_loss.micro_batch])
     return pixel_loss
