@@ -9,12 +9,11 @@ Shapes: B batch, S image side in pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torchmetrics
-import torchvision
 from torch import Tensor, nn
 
 Trunk = Literal["alex", "vgg"]
@@ -32,10 +31,11 @@ class LPIPS(nn.Module):
     def __init__(self, trunk: Trunk) -> None:
         """Make the network; the weights of its layers are loaded, those of the trunk are random until `load_trunk`."""
         super().__init__()
+        from torchvision import models  # here, for it takes seconds, and many evaluations have no trunk
+
         name, self.taken = TRUNKS[trunk]
-        self.features: nn.Sequential = getattr(torchvision.models, name)(weights=None).features[: self.taken[-1] + 1]
-        published = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / f"{trunk}.pth"
-        heads = torch.load(published, map_location="cpu", weights_only=True)
+        self.features: nn.Sequential = getattr(models, name)(weights=None).features[: self.taken[-1] + 1]
+        heads = torch.load(_published_heads(trunk), map_location="cpu", weights_only=True)
         self.heads = nn.ParameterList([heads[f"lin{i}.model.1.weight"].flatten() for i in range(len(self.taken))])
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1))
@@ -67,3 +67,11 @@ class LPIPS(nn.Module):
     def forward(self, images: Tensor, reference: Tensor) -> Tensor:
         """Distance (B,) of images (B,3,S,S) in [-1,1] from the reference."""
         return self.distance(self.layers(images), self.layers(reference))
+
+
+def _published_heads(trunk: Trunk) -> Path:
+    """The file of the layers' weights inside torchmetrics, which is not imported: that takes seconds."""
+    torchmetrics = find_spec("torchmetrics")
+    assert torchmetrics is not None
+    assert torchmetrics.origin is not None
+    return Path(torchmetrics.origin).parent / "functional" / "image" / "lpips_models" / f"{trunk}.pth"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from .networks import full_float32, images_at_once, read_weights, require_weights
 
@@ -55,17 +54,18 @@ class Inception:
         return features @ self.network.fc.weight.T  # type: ignore[union-attr, operator]
 
 
-class _EmptyInception(FeatureExtractorInceptionV3):
-    """The network before any weights: its constructor loads them."""
+def empty_inception(device: str = "meta") -> nn.Module:
+    """The network without weights: `state_dict()` has their names and shapes."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # here, for it takes seconds
 
-    def load_state_dict(self, *_: Any, **__: Any) -> None:
-        """Load nothing."""
+    class Empty(FeatureExtractorInceptionV3):
+        """The network before any weights: its constructor reads a file of them, here an empty one, and loads them."""
 
+        def load_state_dict(self, *_: Any, **__: Any) -> None:
+            """Load nothing."""
 
-def empty_inception(device: str = "meta") -> FeatureExtractorInceptionV3:
-    """The network without weights."""
     nothing = io.BytesIO()
     torch.save({}, nothing)
     nothing.seek(0)
     with torch.device(device):
-        return _EmptyInception("inception-v3-compat", [str(FEATURES)], nothing)  # its constructor reads a file, here an empty one
+        return Empty("inception-v3-compat", [str(FEATURES)], nothing)
