@@ -1,5 +1,4 @@
 """A process of its own: every stage several times over, each time in a new folder, and the SHA-256 of what it wrote, as JSON on standard output.
-With one thread only what other numbers of threads are compared with, once: all other tests have one thread, those of repeated stages among them.
 
     python same_bytes.py IMAGES INCEPTION FOLDER
 
@@ -35,7 +34,6 @@ FIT = {
     "standardize": {"transform": "standardize"},
     "standardize by FAISS": {"transform": "standardize", "backend": "faiss"},
 }
-COMPARED = ("standardize", "standardize by FAISS")  # whatever the number of threads
 TRAIN = {
     "latent phase": {"steps": 8},
     "codebooks alone": {"steps": 15, "width": 0},
@@ -51,23 +49,22 @@ OF_THE_CLOCK = {"throughput", "training", "protocol", "out", "report", "sources"
 def main() -> None:
     images, inception, folder = map(Path, sys.argv[1:])
     found: dict[str, list[str]] = {}
-    one_thread, alone = torch.get_num_threads() == 1, ranks.world_size() == 1
 
     def repeat(stage: str, make: Callable[..., str], kinds: dict[str, Any], *inputs: object) -> None:
         for kind, settings in kinds.items():
             name = f"{stage} {kind}"
-            found[name] = [make(*inputs, folder / f"{name} {number}", settings) for number in range(1 if one_thread else REPEATS)]
+            found[name] = [make(*inputs, folder / f"{name} {number}", settings) for number in range(REPEATS)]
 
     repeat("encode-latents", encode, {"views": {}}, images)
     store = folder / "encode-latents views 0"
-    repeat("fit-codebooks", fit, {kind: FIT[kind] for kind in COMPARED} if one_thread else FIT, store)
-    if not one_thread:
-        codebooks = folder / "fit-codebooks pca 0"
-        repeat("train-rectifier", train, TRAIN if alone else {"decoder phase": TRAIN["decoder phase"]}, store, codebooks)
-        found["train-rectifier decoder phase"].append(  # stopped in either phase
-            train(store, codebooks, folder / "stopped", TRAIN["decoder phase"], stops=(4, 7))
-        )
-    if alone and not one_thread:  # several ranks add its float64 sums up in another order
+    repeat("fit-codebooks", fit, FIT, store)
+    codebooks = folder / "fit-codebooks pca 0"
+    alone = ranks.world_size() == 1
+    repeat("train-rectifier", train, TRAIN if alone else {"decoder phase": TRAIN["decoder phase"]}, store, codebooks)
+    found["train-rectifier decoder phase"].append(  # stopped in either phase
+        train(store, codebooks, folder / "stopped", TRAIN["decoder phase"], stops=(4, 7))
+    )
+    if alone:  # several ranks add its float64 sums up in another order
         repeat("evaluate", measure, EVALUATE, folder / "train-rectifier decoder phase 0", images / "val", inception)
     if ranks.rank() == 0:
         print(json.dumps({"threads": torch.get_num_threads(), "sha256": found}))
