@@ -92,6 +92,7 @@ def train(store: Path, codebooks: Path, out: Path, settings: dict[str, Any], sto
     for step in stops:
         stop_at(step, run())
     run_quietly(run())
+    ranks.barrier()  # as below
     curve = pq.read_table(out / "metrics.parquet").to_pydict()
     errors = {name: column for name, column in curve.items() if name.startswith("val_") or name == "step"}
     return sha256_of(out, "tokenizer/*", "usage.parquet", also=errors)
@@ -106,6 +107,7 @@ def measure(tokenizer: Path, images: Path, inception: Path, out: Path, settings:
 
 def sha256_of(folder: Path, *patterns: str, also: object = None) -> str:
     """Over names and bytes of the files there, and over a JSON value."""
+    ranks.barrier()  # rank 0 gives the folder free, and removes its lock, after the others have left the stage
     digest = hashlib.sha256(json.dumps(also).encode())
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
         digest.update(f"{path.relative_to(folder).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
