@@ -2,8 +2,8 @@
 
 `warm_python(folder)` gives a program to be used in place of `sys.executable` with `-m MODULE` and `-c CODE`. Each of its processes is one of its own,
 with its own arguments, environment, working folder, output and exit code; a fresh interpreter spends 3 to 8 s of processor time before it gets there.
-What forking hides is a module that forgot an import, and an order that follows hashes: test_cli.py, test_readme.py, test_wheel.py and test_threads.py
-start fresh ones. The process id is not that of the program, so a test that needs it, or signals, starts a fresh one too.
+What forking hides is a module that forgot an import, and an order that follows hashes: parts of test_cli.py, test_readme.py, test_wheel.py and
+test_threads.py start fresh ones. The process id is not that of the program, so a test that needs it, or signals, starts a fresh one too.
 """
 
 from __future__ import annotations
