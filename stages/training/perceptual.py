@@ -1,7 +1,7 @@
 """The perceptual term of the decoder phase: how far apart two pictures are to a trained network.
 
-Squared error of pixels rewards blur: it won decibels and lost rFID and LPIPS (docs/results.md). The network that trains is never one that
-judges: a tokenizer would learn to please it.
+Squared error alone is least for a blurred picture: distortion and perceived quality trade against each other (Blau & Michaeli 2018, arXiv
+1711.06077). The network that trains must be none that judges: a tokenizer would learn to please it.
 
 Shapes: B pictures, S image side in pixels, F features. Pictures are float (B,3,S,S) in [-1,1].
 """
@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import ConfigError, ConfigNotFoundError
 from ...models.efficientnet_lite import load_efficientnet_lite
 from ...models.lpips import LPIPS
-from ...models.plugin import make_from_file
-from ..evaluation.networks import read_weights, require_weights
+from ..evaluation.features import make_feature_network
+from ..evaluation.networks import Lpips, read_weights
 from ..evaluation.weights import LPIPS_SMALLEST_SIDE, VGG16, find_packaged, find_weights
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
@@ -35,33 +35,23 @@ def open_perceptual(spec: str, device: torch.device) -> Perceptual:
         found = find_weights(VGG16, download=False)
         if found.path is None:
             raise ConfigNotFoundError(f"--perceptual {spec}: {found.reason}")
-        network = LPIPS("vgg")
-        state = {name: tensor for name, tensor in read_weights(found.path, "VGG16").items() if not name.startswith("classifier.")}
-        require_weights(state, network.trunk_state(), f"{found.path} does not fit torchvision's VGG16", f"the published {VGG16.file_name}")
-        network.load_trunk(state)
-        return _LpipsTerm(network.to(device))
+        return LpipsTerm(Lpips("vgg", found.path, device).network)
     if spec == "efficientnet-lite2":
         packaged = find_packaged(spec)
         assert packaged.path is not None
         return FeatureTerm(spec, load_efficientnet_lite(spec, read_weights(packaged.path, spec), device))
-    made, _, _ = make_from_file(spec, what="feature network", option="--perceptual", error=ConfigError, missing=ConfigNotFoundError)
-    if not callable(getattr(made, "features", None)):
-        raise ConfigError(f"--perceptual {spec} made a {type(made).__name__}, which has no method features(images)")
-    if isinstance(made, nn.Module):
-        made.to(device).eval().requires_grad_(False)
-    return FeatureTerm(spec, made)
+    return FeatureTerm(spec, make_feature_network(spec, "--perceptual", device)[0])
 
 
-class _LpipsTerm:
-    """LPIPS of pictures of at least 32 px; smaller ones are enlarged, for the trunk pools them away."""
+class LpipsTerm:
+    """LPIPS of pictures that are large enough for its trunk."""
 
     def __init__(self, network: LPIPS) -> None:
         self.network = network
 
     def __call__(self, decoded: Tensor, target: Tensor) -> Tensor:
         if (side := decoded.shape[-1]) < LPIPS_SMALLEST_SIDE:
-            scale = -(-LPIPS_SMALLEST_SIDE // side)
-            decoded, target = (F.interpolate(pictures, scale_factor=scale, mode="bilinear") for pictures in (decoded, target))
+            raise ConfigError(f"--perceptual lpips-vgg needs pictures of at least {LPIPS_SMALLEST_SIDE} px, and these have {side}; leave it out")
         return self.network(decoded.float(), target.float()).mean()
 
 
