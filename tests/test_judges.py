@@ -33,6 +33,7 @@ from revq.stages.evaluate import evaluate
 from revq.stages.evaluation.features import OtherFeatures
 from revq.stages.evaluation.inception import Inception
 from revq.stages.evaluation.metrics import to_signed, to_uint8
+from revq.stages.evaluation.kernel import kernel_distance, kid_subsets
 from revq.stages.evaluation.networks import Lpips, read_weights
 from revq.stages.evaluation.outputs import finished_metrics
 from revq.stages.evaluation.packaged_weights import PACKAGED, read_package
@@ -154,7 +155,7 @@ def test_any_network_judges_by_its_name_and_agreement_counts_equal_first_classes
     row = whole["rows"]["rectified"]
     assert row["agreement_colours"] == pytest.approx(float((first.argmax(1) == second.argmax(1)).double().mean()))
     assert row["fd_colours"] > 0
-    assert row["kid_colours_standard_error"] > 0
+    assert (row["kid_colours"], row["kid_colours_standard_error"]) == pytest.approx(kernel_distance(first, second, kid_subsets(9)))
     assert whole["rows"]["original"]["agreement_colours"] == 1
     assert whole["rows"]["original"]["fd_colours"] == pytest.approx(0, abs=1e-6)
     assert row["rfid"] is None
