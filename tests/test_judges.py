@@ -32,8 +32,8 @@ from revq.models.tokenizer import ReVQTokenizer
 from revq.stages.evaluate import evaluate
 from revq.stages.evaluation.features import OtherFeatures
 from revq.stages.evaluation.inception import Inception
-from revq.stages.evaluation.metrics import to_signed, to_uint8
 from revq.stages.evaluation.kernel import kernel_distance, kid_subsets
+from revq.stages.evaluation.metrics import to_signed, to_uint8
 from revq.stages.evaluation.networks import Lpips, read_weights
 from revq.stages.evaluation.outputs import finished_metrics
 from revq.stages.evaluation.packaged_weights import PACKAGED, read_package
