@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
@@ -144,7 +145,10 @@ def test_the_psnr_on_the_terminal_is_that_of_the_table(
     options = ["--batch-size", 4, "--no-download", "--no-tolerance", "--device", "cpu"]
     lines = revq_cli("evaluate", tokenizer_folder, images, tmp_path / "out", *options).stdout.splitlines()
     progress = next(line for line in lines if line.startswith("evaluate: 6/6 images"))
-    assert progress.endswith(f"rectified psnr {next(line for line in lines if line.startswith('rectified')).split()[2]} dB")
+    table = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    rectified = next(line for line in lines if line.startswith("rectified"))
+    assert progress.endswith(f"rectified psnr {(psnr := table['rows']['rectified']['psnr_db']):.2f} dB")
+    assert f"{psnr:.2f}" in rectified.split()
 
 
 def test_a_rank_says_that_its_figures_are_of_its_own_share(
