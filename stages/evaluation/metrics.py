@@ -37,6 +37,11 @@ def to_signed(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
+def finite_or_none(value: float) -> float | None:
+    """What metrics.json says of a value that was not measured, or is infinite."""
+    return value if math.isfinite(value) else None
+
+
 @torch.no_grad()
 def score_images(rows: Mapping[str, Tensor], reference: Tensor, lpips: Mapping[str, Lpips]) -> dict[str, dict[str, Tensor]]:
     """Every metric of every picture, against the reference: uint8 (B,3,S,S) by row -> (B,) float64 on the CPU by row and metric.

@@ -5,7 +5,6 @@ Shapes: N images, S image side in pixels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from ...errors import OutputError
 from ...files import local_path, read_json, write_bytes, write_json
 from .loader import Loader
-from .metrics import ROWS
+from .metrics import ROWS, finite_or_none
 from .pictures import draw_grid, extreme_positions, spread_positions
 from .reconstruct import reconstruct
 from .state import EvaluationState
@@ -72,7 +71,7 @@ def _draw(state: EvaluationState, context: Context, loader: Loader, positions: S
     return sheet, {
         **layout,
         "keys": [context.source.items[state.index[position]].key for position in positions],
-        "psnr_db": [{row: _finite(float(values[position])) for row, values in psnr_db.items()} for position in positions],
+        "psnr_db": [{row: finite_or_none(float(values[position])) for row, values in psnr_db.items()} for position in positions],
     }
 
 
@@ -112,8 +111,4 @@ def finished_metrics(out: Path, weights: dict[str, FoundWeights]) -> dict[str, A
 
 
 def _plain(value: Any) -> float | None:
-    return _finite(float(value)) if isinstance(value, int | float) else None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return finite_or_none(float(value)) if isinstance(value, int | float) else None

@@ -24,7 +24,7 @@ from .. import ranks
 from .feature_sets import SetMetrics
 from .inception import Inception
 from .metric_notes import write_notes
-from .metrics import IMAGE_METRICS, METRICS, ROWS, spread
+from .metrics import IMAGE_METRICS, METRICS, ROWS, finite_or_none, spread
 from .networks import precision_flags
 from .protocols import Protocol, is_imagenet_val, rfid_label
 from .state import COLUMNS, LATENT_METRICS, EvaluationState
@@ -100,7 +100,7 @@ def row_values(state: EvaluationState, *, has_rectifier: bool) -> dict[str, dict
     values: dict[str, dict[str, float | None]] = {}
     for row in ROWS:
         same = "quantized" if row == "rectified" and not has_rectifier else row
-        found = {name: _finite_or_none(float(state.column(row, name).mean())) for name in IMAGE_METRICS}
+        found = {name: finite_or_none(float(state.column(row, name).mean())) for name in IMAGE_METRICS}
         inception = sets[INCEPTION][same] if INCEPTION in sets else nothing
         found |= {"rfid": inception.frechet, "kid": inception.kid, "kid_standard_error": inception.kid_standard_error}
         found["inception_score"] = inception.score
@@ -146,7 +146,7 @@ def class_values(state: EvaluationState, source: ImageSource) -> dict[str, Any] 
     columns = {metric: state.column("rectified", metric) for metric in IMAGE_METRICS}
     classes: list[dict[str, Any]] = []
     for name, positions in members.items():
-        means = {metric: _finite_or_none(float(values[positions].mean())) for metric, values in columns.items()}
+        means = {metric: finite_or_none(float(values[positions].mean())) for metric, values in columns.items()}
         classes.append({"name": name, "images": len(positions), **means})
     classes.sort(key=lambda entry: (math.inf if entry["psnr_db"] is None else entry["psnr_db"], entry["name"]))
     each = min(_CLASSES_SHOWN, len(classes) // 2)
@@ -208,10 +208,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _known(value: float) -> float | None:

@@ -12,7 +12,6 @@ Shapes: N images, B batch, V variants, M metrics, C,H,W latent channels, rows, c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +25,7 @@ from ..events import Advance, Begin, Event
 from .frechet import frechet_distance, gaussian_of
 from .instruments import Instruments
 from .loader import Batch, Loader
-from .metrics import score_images
+from .metrics import finite_or_none, score_images
 from .reconstruct import decode_to_uint8, reconstruct
 
 LEVELS = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
@@ -153,7 +152,7 @@ def _tables(found: _Measured, strengths: Mapping[str, tuple[str, float]]) -> dic
     """The result of `measure_tolerance`: means over the images, None for what is infinite or was not measured."""
     names = (*_ROWS, *strengths)
     means = found.scores[0].mean(0).tolist()
-    values = {name: dict(zip(_IMAGE_METRICS, map(_finite_or_none, means[at]), strict=True)) for at, name in enumerate(names)}
+    values = {name: dict(zip(_IMAGE_METRICS, map(finite_or_none, means[at]), strict=True)) for at, name in enumerate(names)}
     rfid = dict.fromkeys(names) if not found.features or len(found.index) < 2 else _distances(found.features[0], names)
 
     def point(name: str, noise: Any) -> dict[str, Any]:
@@ -172,7 +171,3 @@ def _distances(features: Tensor, names: Sequence[str]) -> dict[str, float]:
     """Frechet distance of every variant from the originals, of features (N,V+1,F)."""
     reference = gaussian_of(features[:, -1])
     return {name: frechet_distance(gaussian_of(features[:, at]), reference) for at, name in enumerate(names)}
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
