@@ -21,11 +21,6 @@ _SMALLEST_SCALE = 1e-2
 # In the metric of mean diagonal 1, what any direction counts at least: one that the decoder ignores must still be decoded from its code, and the
 # stationary part of a metric from samples may have eigenvalues a little below zero.
 _SMALLEST_METRIC = 1e-2
-# What rarity costs beside the picture, in units of the error that the bits leave on an axis. Measured from 0 to 32 (docs/notes/coordinates.md): 2
-# betters rFID, KID and LPIPS, and costs a few hundredths of a decibel.
-RARITY = 2.0
-# An axis that hardly varies is stretched at most so much: it may vary more in latents that were not fitted on.
-_LARGEST_STRETCH = 30.0
 
 
 class LatentTransform(nn.Module):
@@ -34,9 +29,8 @@ class LatentTransform(nn.Module):
     Quantization error is made in coordinates. Three kinds share this one form (design section 5):
     - `standardize` (the paper's): no axes, scale 1.
     - `pca`: orthogonal axes that decorrelate, dealt out so that every token needs the same number of bits.
-    - `decoder`: the same in the decoder's metric. A squared error of coordinates is the squared change of the picture, to first order and a factor,
-      plus a little of how unlikely the error is as a latent (see `fit_axes`): scale is how much each position moves the picture, and the axes undo
-      what the positions do jointly. They are not orthogonal, so their inverse is kept.
+    - `decoder`: the same in the decoder's metric. A squared error of coordinates is the squared change of the picture, to first order and a factor:
+      scale is how much each position moves it, and the axes undo what the positions do jointly. They are not orthogonal, so their inverse is kept.
     """
 
     mean: Tensor
@@ -237,37 +231,28 @@ def stationary_part(covariance: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return result.reshape(covariance.shape)
 
 
-def fit_axes(
-    covariance: Tensor, tokens: int, bits: float, metric: Tensor | None = None, rarity: float = RARITY
-) -> tuple[Tensor, Tensor | None]:
+def fit_axes(covariance: Tensor, tokens: int, bits: float, metric: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """The axes of a block and their inverse, (Q,Q) float32 each: principal axes in the metric, dealt out to T tokens that need equally many bits.
 
     Args:
         covariance: (Q,Q) of what the axes will be applied to; may be singular.
         tokens: T, how many tokens share the axes.
         bits: of all those tokens together, T*log2(K).
-        metric: (Q,Q), diagonal about 1, positive semidefinite or nearly. None means the identity; then the axes are orthogonal, and their inverse
-            is None. Otherwise an error e costs e^T metric e + rarity * level * e^T covariance^-1 e, where level is the error that the bits leave on
-            an axis (reverse water-filling). Squared error alone gives no bits to axes that vary less than that, and those carry texture; the second
-            term is the squared Mahalanobis length, so that every axis varies by more than `rarity` times the level.
-        rarity: weight of that term.
+        metric: (Q,Q), diagonal about 1, positive semidefinite or nearly: an error e costs e^T metric e. None means the identity; then the axes are
+            orthogonal, and their inverse is None.
     """
     if metric is not None:
         weights, directions = torch.linalg.eigh(metric)
         root = directions * weights.clamp_min(_SMALLEST_METRIC).sqrt()  # root @ root.T is the metric
         covariance = root.T @ covariance @ root
     values, vectors = torch.linalg.eigh(covariance)
-    stretch = torch.ones_like(values)
-    if metric is not None and rarity and bool((values > 0).any()):
-        level = 2.0 ** water_level(values.tolist(), bits)
-        stretch = (1 + rarity * level / values.clamp_min(rarity * level / _LARGEST_STRETCH**2)).sqrt()
-    order = torch.tensor(allocate_axes((values * stretch.square()).tolist(), tokens, bits), device=vectors.device)
-    rotation, stretch = vectors.T[order], stretch[order]
+    order = torch.tensor(allocate_axes(values.tolist(), tokens, bits), device=vectors.device)
+    rotation = vectors.T[order]
     if metric is None:
         return rotation.float().contiguous(), None
-    # The inverse of stretch * rotation @ root.T: the columns of root are orthogonal.
-    inverse = root / root.square().sum(0) @ rotation.T / stretch
-    return (stretch[:, None] * (rotation @ root.T)).float().contiguous(), inverse.float().contiguous()
+    # The inverse of rotation @ root.T: the columns of root are orthogonal.
+    inverse = root / root.square().sum(0) @ rotation.T
+    return (rotation @ root.T).float().contiguous(), inverse.float().contiguous()
 
 
 def allocate_axes(variances: Iterable[float], tokens: int, bits: float) -> list[int]:
