@@ -9,7 +9,7 @@ PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.t
 	$(BIN)/python -m pip install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check types format bench docs clean
+.PHONY: help install demo test check types format bench gpu docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ format: install ## mend what ruff can mend
 bench: install ## speed and memory, measured as ratios in one run
 	@$(BIN)/revq weights || echo "the networks that judge cannot be had: what needs them is left out"
 	@for script in benchmarks/bench_*.py; do $(BIN)/python "$$script" || exit 1; done
+
+gpu: install ## everything that only a GPU can show, in under nine minutes
+	$(BIN)/python benchmarks/gpu.py
 
 # Offline and strict: a broken link is an error. The docstrings are read from links, since the package is this very folder, whatever its name.
 docs: $(DOCS_STAMP) ## build the documentation site into site/

@@ -271,7 +271,7 @@ def paper_rows(folder: Path, device: torch.device, args: argparse.Namespace) -> 
     codebooks = make_codebooks(folder / "paper-codebooks", store, args.codes)
     latents = torch.from_numpy(np.asarray(store["train"].latents[:]))
     points = torch.randn(512, args.codes, 4, generator=torch.Generator().manual_seed(0))
-    network = {**PAPER, "block": args.paper_block}
+    network = {"width": args.paper_width, "depth": PAPER["depth"], "block": args.paper_block}
     ours: dict[str, dict[str, object]] = {"trained": {"codebook_lr": 0.01}, "frozen": {"codebook_lr": 0.0}}
     if bf16_is_fast(device):  # the paper's loop is in float32, so ours in float32 as well
         ours["trained, float32"] = {"codebook_lr": 0.01, "precision": "fp32"}
@@ -281,7 +281,7 @@ def paper_rows(folder: Path, device: torch.device, args: argparse.Namespace) -> 
         made = OurSteps(folder / "paper-store", codebooks, folder / name, device, steps=steps, batch_size=batch, **settings, **network)
         sides[name] = made.seconds_per_step
     measured = turns(sides, args.repeats)
-    size = f"{args.paper_block}, width {PAPER['width']}, depth {PAPER['depth']}, T=512, K={args.codes}, batch {batch}"
+    size = f"{args.paper_block}, width {args.paper_width}, depth {PAPER['depth']}, T=512, K={args.codes}, batch {batch}"
     precision = "bf16" if bf16_is_fast(device) else "float32"
     titles = {
         "paper": f"the paper's loop, written plainly, in float32 ({size})",
@@ -331,6 +331,7 @@ def main() -> None:
     parser.add_argument("--block", default="conv")
     parser.add_argument("--codes", type=int, default=16384, help="of the paper's loop, and on CUDA of the step against bare arithmetic")
     parser.add_argument("--paper-batch", type=int, default=0, help="0: 256, or the largest whose distances fit in half of the memory left")
+    parser.add_argument("--paper-width", type=int, default=PAPER["width"])
     parser.add_argument("--paper-block", default="efficientvit")
     parser.add_argument("--peak-tflops", type=float, help="of the card, dense bf16")
     parser.add_argument(

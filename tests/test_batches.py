@@ -317,7 +317,7 @@ def test_latents_are_resident_where_they_fit_and_stream_where_they_do_not(long_s
     assert part.rows.tolist() == list(range(12, 36))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_every_reader_gives_what_it_gives_on_the_processor(tmp_path: Path) -> None:
     split = make_split(tmp_path / "s")
     pairs = [

@@ -172,7 +172,7 @@ def test_a_vae_that_two_tokenizers_share_comes_to_the_one_that_uses_it(small_run
         _ = here.vae
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_and_back_it_works_at_every_stop(small_run: Path, taef2: str, images: Tensor, expected: dict[str, Tensor]) -> None:
     vae = FrozenVAE.load(taef2)
     one, other = (ReVQTokenizer.from_pretrained(small_run / "tokenizer", vae=vae) for _ in range(2))

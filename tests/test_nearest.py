@@ -349,7 +349,7 @@ def test_the_gpu_kernel_compiles_and_stores_nothing_but_indices() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_on_a_gpu_the_code_found_is_as_near_as_the_float64_oracle(case: Case) -> None:
     generator = torch.Generator().manual_seed(1)

@@ -109,7 +109,7 @@ def test_all_codebooks_at_once_are_reset_like_one_code_after_the_other(used: flo
     assert torch.equal(codebooks, expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_the_reset_never_waits_and_moves_the_same_codes() -> None:
     here, counts = points(4, 32, 4), counts_with_unused()
     there, counts_there = here.cuda(), counts.cuda()
