@@ -25,7 +25,8 @@ os.environ["REVQ_SHARED"] = str(SHARED)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What this machine has in its caches must change no test, neither its result nor its time: the weights that judge come by a fixture alone.
-USERS_TORCH_HOME = os.environ.get("TORCH_HOME", str(Path.home() / ".cache" / "torch"))
+# The user's own is remembered for pytest-xdist's processes, which inherit this one's environment.
+USERS_TORCH_HOME = os.environ.setdefault("REVQ_TESTS_TORCH_HOME", os.environ.get("TORCH_HOME", str(Path.home() / ".cache" / "torch")))
 os.environ["TORCH_HOME"] = str(REPOSITORY / "tests" / "no-torch-home")
 
 LONGEST = ["threads", "bad_input", "one_writer", "wheel", "evaluate_resume", "train_rectifier", "evaluate_memory", "fit_codebooks", "run", "lease"]
